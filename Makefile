@@ -1,0 +1,41 @@
+# The two commands a newcomer needs: `make run` and `make test`.
+GO            ?= go
+GOLANGCI_LINT := v2.15.0
+TOOLS         := $(CURDIR)/.tools
+
+.PHONY: run build test test-long lint fuzz bench clean tools setup
+
+run: build ## start accel with an embedded registry under ./accel-data
+	./bin/accel up
+
+build: ## build bin/accel
+	$(GO) build -trimpath -o bin/accel ./cmd/accel
+
+setup: ## install the Debian packages that the tests drive (says which and why)
+	./internal/acceltest/setup.sh
+
+test: setup ## everything that belongs in CI, with the race detector
+	$(GO) vet ./...
+	$(GO) test -race -timeout 20m ./...
+
+test-long: setup ## giants and long kill loops; prints how often each ran
+	ACCEL_TEST_LONG=1 $(GO) test -timeout 90m -v -run 'Long' ./...
+
+lint: $(TOOLS)/golangci-lint-$(GOLANGCI_LINT)
+	$(TOOLS)/golangci-lint-$(GOLANGCI_LINT) run ./...
+
+$(TOOLS)/golangci-lint-$(GOLANGCI_LINT):
+	GOBIN=$(TOOLS) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT)
+	mv $(TOOLS)/golangci-lint $@
+
+fuzz: ## each fuzz target for a minute
+	@for pkg in $$($(GO) list ./...); do \
+	  for f in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
+	    echo "$$pkg $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime 60s $$pkg || exit 1; \
+	  done; done
+
+bench: build ## the service's figures; rows go to bench/out/serve.jsonl too
+	$(GO) run ./bench/serve
+
+clean:
+	rm -rf bin bench/out

@@ -1,0 +1,197 @@
+package registry
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"net/http"
+
+	"accel"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+)
+
+// progressBytes is how much of a blob must have come since the last failure for
+// the attempts to be counted from the start again.
+const progressBytes = 1 << 20
+
+// blob is one blob of a repository, as a descriptor names it.
+type blob struct {
+	c    *Client
+	r    repo
+	desc v1.Descriptor
+}
+
+// open starts the download. ErrNotFound when the registry does not have it.
+func (b blob) open(ctx context.Context) (io.ReadCloser, error) {
+	br := &blobReader{blob: b, ctx: ctx, hash: sha256.New(), budget: b.c.budget()}
+	for {
+		err := br.connect()
+		if err == nil {
+			return br, nil
+		}
+		if err := br.budget.again(ctx, err); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// whole reads a small blob.
+func (b blob) whole(ctx context.Context, limitBytes int64) ([]byte, error) {
+	if b.desc.Size > limitBytes {
+		return nil, accel.Permanent(fmt.Errorf("%w: blob %s@%s has %d bytes, more than %d", accel.ErrInvalid, b.r, b.desc.Digest, b.desc.Size, limitBytes))
+	}
+	rc, err := b.open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer rc.Close()
+	return io.ReadAll(rc)
+}
+
+// blobReader reads a blob, over several connections where one breaks, and
+// returns its last bytes only when the whole has the right digest.
+type blobReader struct {
+	blob
+	ctx    context.Context
+	hash   hash.Hash
+	budget *budget
+
+	body     io.ReadCloser // nil: to be connected
+	offset   int64         // bytes given to the caller
+	failedAt int64         // offset at the latest failure
+	unranged bool          // the registry answers ranges wrongly: not asked for again
+	err      error         // how it ended
+}
+
+func (b *blobReader) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	for b.err == nil {
+		n, err := b.step(p)
+		if n > 0 {
+			return n, nil
+		}
+		if err == nil {
+			continue
+		}
+		if err == io.EOF {
+			b.err = err
+			break
+		}
+		b.disconnect()
+		if b.offset-b.failedAt >= progressBytes {
+			b.budget.refill()
+		}
+		b.failedAt = b.offset
+		if err := b.budget.again(b.ctx, err); err != nil {
+			b.err = fmt.Errorf("blob %s@%s, at byte %d of %d: %w", b.r, b.desc.Digest, b.offset, b.desc.Size, err)
+		}
+	}
+	return 0, b.err
+}
+
+// step reads once. io.EOF means that all has come and is right.
+func (b *blobReader) step(p []byte) (int, error) {
+	left := b.desc.Size - b.offset
+	if left == 0 {
+		if b.offset == 0 {
+			return 0, b.verified() // an empty blob
+		}
+		return 0, io.EOF
+	}
+	if b.body == nil {
+		if err := b.connect(); err != nil {
+			return 0, err
+		}
+	}
+	n, err := b.body.Read(p[:min(int64(len(p)), left)])
+	b.hash.Write(p[:n])
+	if int64(n) == left {
+		if err := b.verified(); err != io.EOF {
+			b.err = err // what has been given away cannot be taken back
+			return 0, nil
+		}
+	}
+	b.offset += int64(n)
+	switch {
+	case n > 0:
+		return n, nil // a failure shows again at the next read
+	case err == io.EOF:
+		return 0, fmt.Errorf("the connection ended early: %w", io.ErrUnexpectedEOF)
+	default:
+		return 0, err
+	}
+}
+
+// verified returns io.EOF where the bytes have the descriptor's digest.
+func (b *blobReader) verified() error {
+	if got := hex.EncodeToString(b.hash.Sum(nil)); got != b.desc.Digest.Hex {
+		return &corruptError{fmt.Sprintf("blob %s@%s: its content has digest sha256:%s", b.r, b.desc.Digest, got)}
+	}
+	return io.EOF
+}
+
+// connect asks for what is left of the blob.
+func (b *blobReader) connect() error {
+	req := request{
+		method: http.MethodGet,
+		url:    b.r.url("blobs/" + b.desc.Digest.String()),
+		scopes: b.r.pull(),
+		ok:     []int{http.StatusOK, http.StatusPartialContent},
+	}
+	if b.offset > 0 && !b.unranged {
+		req.header = map[string]string{"Range": fmt.Sprintf("bytes=%d-%d", b.offset, b.desc.Size-1)}
+	}
+	resp, err := b.c.once(b.ctx, b.r, req)
+	if answer := (*responseError)(nil); req.header != nil && errors.As(err, &answer) && answer.answer.StatusCode == http.StatusRequestedRangeNotSatisfiable {
+		b.unranged = true
+		return b.connect()
+	}
+	if err != nil {
+		return err
+	}
+	starts := int64(0)
+	if resp.StatusCode == http.StatusPartialContent {
+		var end int64
+		if _, err := fmt.Sscanf(resp.Header.Get("Content-Range"), "bytes %d-%d/", &starts, &end); err != nil || starts != b.offset {
+			b.unranged = true
+			resp.Body.Close()
+			return &corruptError{fmt.Sprintf("blob %s@%s: asked for bytes from %d, got %q", b.r, b.desc.Digest, b.offset, resp.Header.Get("Content-Range"))}
+		}
+	}
+	if resp.ContentLength >= 0 && starts+resp.ContentLength != b.desc.Size {
+		resp.Body.Close()
+		return &corruptError{fmt.Sprintf("blob %s@%s has %d bytes, its descriptor says %d", b.r, b.desc.Digest, starts+resp.ContentLength, b.desc.Size)}
+	}
+	if starts < b.offset {
+		// No ranges here: what was given away already comes again and is passed
+		// over. Were it different this time, the digest at the end would tell.
+		if _, err := io.CopyN(io.Discard, resp.Body, b.offset); err != nil {
+			resp.Body.Close()
+			return fmt.Errorf("pass over the first %d bytes: %w", b.offset, err)
+		}
+	}
+	b.body = resp.Body
+	return nil
+}
+
+func (b *blobReader) disconnect() {
+	if b.body != nil {
+		b.body.Close()
+		b.body = nil
+	}
+}
+
+func (b *blobReader) Close() error {
+	b.disconnect()
+	if b.err == nil {
+		b.err = fmt.Errorf("blob %s@%s: read after close", b.r, b.desc.Digest)
+	}
+	return nil
+}

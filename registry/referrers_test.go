@@ -1,0 +1,322 @@
+package registry_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"accel"
+	"accel/registry"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/opencontainers/go-digest"
+)
+
+func TestAttach(t *testing.T) {
+	for kind, start := range kinds {
+		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
+			ctx := context.Background()
+			host := serve(t, start(t))
+			c := newClient(t, host)
+			repository := host + "/team/app"
+			img := newImage(t, 100, 1)
+			if err := c.PushImage(ctx, repository, img); err != nil {
+				t.Fatal(err)
+			}
+			subject := descriptor(t, c, repository, digestOf(t, img))
+			if refs, err := c.Referrers(ctx, repository, digestOf(t, img), ""); err != nil || len(refs) != 0 {
+				t.Errorf("before: %v, %v", refs, err)
+			}
+			annotations := map[string]string{accel.AnnotationMapping: `{"payload":"x"}`, "a": "b"}
+			_, want, err := registry.BuildAttachment(subject, accel.MediaTypeMapping, annotations)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for range 2 { // attaching again changes nothing
+				d, err := c.Attach(ctx, repository, subject, accel.MediaTypeMapping, annotations)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if d.String() != want.Digest.String() {
+					t.Errorf("attached %s, built %s", d, want.Digest)
+				}
+			}
+			if _, err := c.Attach(ctx, repository, subject, "application/other", nil); err != nil {
+				t.Fatal(err)
+			}
+			refs, err := c.Referrers(ctx, repository, digestOf(t, img), accel.MediaTypeMapping)
+			if err != nil || len(refs) != 1 {
+				t.Fatalf("referrers: %+v, %v", refs, err)
+			}
+			got := refs[0]
+			if got.Digest != want.Digest || got.Size != want.Size || got.MediaType != want.MediaType || got.ArtifactType != accel.MediaTypeMapping {
+				t.Errorf("listed %+v, want %+v", got, want)
+			}
+			if !reflect.DeepEqual(got.Annotations, annotations) {
+				t.Errorf("a listing alone delivers annotations %v, want %v", got.Annotations, annotations)
+			}
+			if all, err := c.Referrers(ctx, repository, digestOf(t, img), ""); err != nil || len(all) != 2 {
+				t.Errorf("all: %d, %v", len(all), err)
+			}
+			if err := c.Verify(ctx, repository, digest.Digest(want.Digest.String()), true); err != nil {
+				t.Errorf("read back: %v", err)
+			}
+			if err := c.Delete(ctx, repository, digest.Digest(want.Digest.String())); err != nil {
+				t.Fatal(err)
+			}
+			if refs, err := c.Referrers(ctx, repository, digestOf(t, img), accel.MediaTypeMapping); err != nil || len(refs) != 0 {
+				t.Errorf("after Delete: %v, %v", refs, err)
+			}
+		})
+	}
+}
+
+// TestConcurrentAttachments: with the fallback tag, nobody's entry is lost.
+func TestConcurrentAttachments(t *testing.T) {
+	for _, kind := range []string{"ggcr", "distribution", "distribution with tokens"} {
+		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
+			ctx := context.Background()
+			host := serve(t, kinds[kind](t))
+			c := newClient(t, host)
+			repository := host + "/app"
+			img := newImage(t, 100, 1)
+			if err := c.PushImage(ctx, repository, img); err != nil {
+				t.Fatal(err)
+			}
+			subject := descriptor(t, c, repository, digestOf(t, img))
+			want := make([]string, 20)
+			var wg sync.WaitGroup
+			for i := range want {
+				wg.Go(func() {
+					d, err := c.Attach(ctx, repository, subject, accel.MediaTypeMapping, map[string]string{"n": fmt.Sprint(i)})
+					if err != nil {
+						t.Error(err)
+					}
+					want[i] = d.String()
+				})
+			}
+			wg.Wait()
+			slices.Sort(want)
+			refs, err := c.Referrers(ctx, repository, digestOf(t, img), accel.MediaTypeMapping)
+			if err != nil || !reflect.DeepEqual(digestsOf(refs), want) {
+				t.Errorf("%d of %d listed, %v", len(refs), len(want), err)
+			}
+		})
+	}
+}
+
+// TestOtherWriters: entries of others stay, in every field, and our entry is
+// written again when somebody else's write has swept it away.
+func TestOtherWriters(t *testing.T) {
+	ctx := context.Background()
+	front := &faulty{next: newGGCR()}
+	host := serve(t, front)
+	c := newClient(t, host)
+	repository := host + "/app"
+	img, theirs := newImage(t, 100, 1), newImage(t, 200, 1)
+	for _, i := range []v1.Image{img, theirs} {
+		if err := c.PushImage(ctx, repository, i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	subject := descriptor(t, c, repository, digestOf(t, img))
+	tag := strings.Replace(digestOf(t, img).String(), ":", "-", 1)
+	foreign := fmt.Sprintf(`{"mediaType":%q,"size":%d,"digest":%q,"artifactType":"theirs","org.example.new":{"field":1}}`,
+		types.OCIManifestSchema1, descriptor(t, c, repository, digestOf(t, theirs)).Size, digestOf(t, theirs))
+	index := []byte(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[` + foreign + `],"annotations":{"kept":"yes"}}`)
+	putForeign := func() {
+		r, err := http.NewRequest(http.MethodPut, "/v2/app/manifests/"+tag, bytes.NewReader(index))
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		r.Header.Set("Content-Type", string(types.OCIImageIndex))
+		answered(r, front.next)
+	}
+	putForeign()
+	// Twice, another writer that has read the tag before us writes it after us.
+	front.set(on(http.MethodPut, tag, 2, func(w http.ResponseWriter, r *http.Request, next http.Handler) bool {
+		rec := answered(r, next)
+		putForeign()
+		send(w, rec, nil)
+		return true
+	}))
+	d, err := c.Attach(ctx, repository, subject, accel.MediaTypeMapping, map[string]string{"n": "1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(front.requests("PUT /v2/app/manifests/" + tag)); n != 3 {
+		t.Errorf("the tag was written %d times, want 3", n)
+	}
+	refs, err := c.Referrers(ctx, repository, digestOf(t, img), "")
+	if err != nil || len(refs) != 2 || !slices.Contains(digestsOf(refs), d.String()) {
+		t.Errorf("referrers %v, %v", digestsOf(refs), err)
+	}
+	r, _ := http.NewRequest(http.MethodGet, "/v2/app/manifests/"+tag, nil)
+	raw := answered(r, front.next).Body.Bytes()
+	if !bytes.Contains(raw, []byte(foreign)) || !bytes.Contains(raw, []byte(`"kept":"yes"`)) {
+		t.Errorf("what others wrote is changed: %s", raw)
+	}
+	// Against a writer that never stops, it ends with an error.
+	front.set(on(http.MethodPut, tag, 0, func(w http.ResponseWriter, r *http.Request, next http.Handler) bool {
+		io.Copy(io.Discard, r.Body)
+		w.WriteHeader(http.StatusCreated)
+		return true
+	}))
+	if _, err := c.Attach(ctx, repository, subject, accel.MediaTypeMapping, map[string]string{"n": "2"}); err == nil || !strings.Contains(err.Error(), "overwritten") {
+		t.Errorf("got %v", err)
+	}
+}
+
+// TestDeadEntriesAreDropped: distribution takes no index that names a manifest
+// which is gone, and an entry for such a one would block all later ones.
+func TestDeadEntriesAreDropped(t *testing.T) {
+	for _, kind := range []string{"ggcr", "distribution"} {
+		t.Run(kind, func(t *testing.T) {
+			ctx := context.Background()
+			h := kinds[kind](t)
+			host := serve(t, h)
+			c := newClient(t, host)
+			repository := host + "/app"
+			img := newImage(t, 100, 1)
+			if err := c.PushImage(ctx, repository, img); err != nil {
+				t.Fatal(err)
+			}
+			subject := descriptor(t, c, repository, digestOf(t, img))
+			first, err := c.Attach(ctx, repository, subject, accel.MediaTypeMapping, map[string]string{"n": "1"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			// Somebody deletes it who does not care for the tag.
+			r, _ := http.NewRequest(http.MethodDelete, "/v2/app/manifests/"+first.String(), nil)
+			if rec := answered(r, h); rec.Code != http.StatusAccepted {
+				t.Fatalf("delete: %d %s", rec.Code, rec.Body)
+			}
+			second, err := c.Attach(ctx, repository, subject, accel.MediaTypeMapping, map[string]string{"n": "2"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			refs, err := c.Referrers(ctx, repository, digestOf(t, img), accel.MediaTypeMapping)
+			if err != nil || !reflect.DeepEqual(digestsOf(refs), []string{second.String()}) {
+				t.Errorf("referrers %v, %v, want %s", digestsOf(refs), err, second)
+			}
+		})
+	}
+}
+
+// TestPushedSubjectsAreListed: images and indexes with a subject are referrers too.
+func TestPushedSubjectsAreListed(t *testing.T) {
+	for _, kind := range []string{"ggcr", "ggcr with referrers", "distribution"} {
+		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
+			ctx := context.Background()
+			host := serve(t, kinds[kind](t))
+			c := newClient(t, host)
+			repository := host + "/app"
+			source := newIndex(t, newImage(t, 100, 1))
+			if err := c.PushIndex(ctx, repository, source); err != nil {
+				t.Fatal(err)
+			}
+			m, err := source.IndexManifest()
+			if err != nil {
+				t.Fatal(err)
+			}
+			platform := descriptor(t, c, repository, digest.Digest(m.Manifests[0].Digest.String()))
+			note := map[string]string{accel.AnnotationParams: "estargz/1"}
+			// The subject last: mutate's other changes drop it.
+			img := mutate.Subject(mutate.Annotations(newImage(t, 50, 1), note).(v1.Image), platform).(v1.Image)
+			idx := mutate.Subject(mutate.Annotations(newIndex(t, img), note).(v1.ImageIndex), descriptor(t, c, repository, digestOf(t, source))).(v1.ImageIndex)
+			for range 2 {
+				if err := c.PushIndex(ctx, repository, idx); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, x := range []struct{ subject, referrer digest.Digest }{
+				{digestOf(t, source), digestOf(t, idx)},
+				{digest.Digest(platform.Digest.String()), digestOf(t, img)},
+			} {
+				refs, err := c.Referrers(ctx, repository, x.subject, "")
+				if err != nil || !reflect.DeepEqual(digestsOf(refs), []string{x.referrer.String()}) || !reflect.DeepEqual(refs[0].Annotations, note) {
+					t.Errorf("referrers of %s: %+v, %v, want %s", x.subject, refs, err, x.referrer)
+				}
+			}
+		})
+	}
+}
+
+// TestReferrersAPI: it is paged, and a registry that files by itself is left to it.
+func TestReferrersAPI(t *testing.T) {
+	ctx := context.Background()
+	page := func(ds ...string) []byte {
+		m := v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
+		for _, d := range ds {
+			m.Manifests = append(m.Manifests, v1.Descriptor{MediaType: types.OCIManifestSchema1, ArtifactType: accel.MediaTypeMapping,
+				Digest: v1.Hash{Algorithm: "sha256", Hex: digest.FromString(d).Encoded()}})
+		}
+		m.Manifests = append(m.Manifests, v1.Descriptor{MediaType: types.OCIManifestSchema1, ArtifactType: "other", Digest: v1.Hash{Algorithm: "sha256", Hex: digest.FromString("other").Encoded()}})
+		raw, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return raw
+	}
+	front := &faulty{next: newGGCR()}
+	host := serve(t, front)
+	front.set(on(http.MethodGet, "/referrers/", 0, func(w http.ResponseWriter, r *http.Request, _ http.Handler) bool {
+		w.Header().Set("Content-Type", string(types.OCIImageIndex))
+		if r.URL.Query().Get("page") == "" {
+			w.Header().Set("Link", fmt.Sprintf(`<%s?page=2>; rel="next"`, r.URL.Path))
+			w.Write(page("a"))
+			return true
+		}
+		w.Write(page("b"))
+		return true
+	}))
+	c := newClient(t, host)
+	refs, err := c.Referrers(ctx, host+"/app", digest.FromString("subject"), accel.MediaTypeMapping)
+	if err != nil || len(refs) != 2 {
+		t.Errorf("got %v, %v, want 2", digestsOf(refs), err)
+	}
+	subject := v1.Descriptor{MediaType: types.OCIManifestSchema1, Digest: v1.Hash{Algorithm: "sha256", Hex: digest.FromString("subject").Encoded()}, Size: 7}
+	if _, err := c.Attach(ctx, host+"/app", subject, accel.MediaTypeMapping, nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := front.requests("/manifests/sha256-"); len(got) > 0 {
+		t.Errorf("the fallback tag was touched: %q", got)
+	}
+	// Not reachable is not "has no API": nothing is guessed then.
+	front.set(on(http.MethodGet, "/referrers/", 0, status(503)))
+	if _, err := c.Referrers(ctx, host+"/app", digest.FromString("subject"), ""); err == nil {
+		t.Error("a 503 was taken for an empty listing")
+	}
+}
+
+func TestBuildAttachmentRefuses(t *testing.T) {
+	good := v1.Hash{Algorithm: "sha256", Hex: strings.Repeat("a", 64)}
+	for name, err := range map[string]error{
+		"no type":    buildError(v1.Descriptor{Digest: good}, "", nil),
+		"no subject": buildError(v1.Descriptor{}, "x/y", nil),
+		"too large":  buildError(v1.Descriptor{Digest: good}, "x/y", map[string]string{"a": strings.Repeat("x", registry.MaxManifestBytes)}),
+	} {
+		if err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+}
+
+func buildError(subject v1.Descriptor, artifactType string, annotations map[string]string) error {
+	_, _, err := registry.BuildAttachment(subject, artifactType, annotations)
+	return err
+}

@@ -1,0 +1,143 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"accel"
+	"accel/readiness"
+	"accel/registry"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/opencontainers/go-digest"
+)
+
+// Orphan is a target whose source is gone.
+type Orphan struct {
+	ID     string `json:"id"`
+	Image  string `json:"image"`
+	Target string `json:"target"`
+	// Reason says what is missing.
+	Reason string `json:"reason"`
+	// Removed is false in a dry run, and where Error says why it did not work.
+	Removed bool   `json:"removed"`
+	Error   string `json:"error,omitempty"`
+}
+
+// Lifecycle removes targets: with their record, or because their source is gone.
+type Lifecycle struct {
+	Tracker  *readiness.Tracker
+	Registry *registry.Client
+}
+
+// DeleteTarget removes rec's converted manifests and mapping artifacts from the
+// registry. The source is never touched; what is gone already is no error.
+func (l Lifecycle) DeleteTarget(ctx context.Context, rec accel.Record) error {
+	return deleteTarget(ctx, l.Tracker, l.Registry, rec)
+}
+
+// GC finds the Ready records whose source manifest is gone and, unless dryRun,
+// removes target and record. One that cannot be removed is listed with its
+// error and does not stop the others.
+func (l Lifecycle) GC(ctx context.Context, dryRun bool) ([]Orphan, error) {
+	orphans := []Orphan{}
+	f := readiness.Filter{State: accel.Ready, Limit: 500}
+	for {
+		page, err := l.Tracker.List(ctx, f)
+		if err != nil {
+			return orphans, err
+		}
+		for _, rec := range page.Records {
+			_, err := l.Registry.Head(ctx, rec.Repository, rec.Digest.String())
+			if err == nil {
+				continue
+			}
+			if !errors.Is(err, accel.ErrNotFound) {
+				return orphans, fmt.Errorf("look at %s: %w", rec.Image(), err)
+			}
+			o := Orphan{ID: rec.ID, Image: rec.Image(), Target: rec.Target.Repository + "@" + rec.Target.Digest.String(), Reason: "the source manifest is gone from the registry"}
+			if !dryRun {
+				if err := l.remove(ctx, rec); err != nil {
+					o.Error = err.Error()
+				} else {
+					o.Removed = true
+				}
+			}
+			orphans = append(orphans, o)
+		}
+		if page.Next == "" {
+			return orphans, nil
+		}
+		f.Cursor = page.Next
+	}
+}
+
+func (l Lifecycle) remove(ctx context.Context, rec accel.Record) error {
+	if err := l.DeleteTarget(ctx, rec); err != nil {
+		return err
+	}
+	_, err := l.Tracker.Delete(ctx, rec.ID)
+	return err
+}
+
+func deleteTarget(ctx context.Context, tracker *readiness.Tracker, client *registry.Client, rec accel.Record) error {
+	if rec.Target.Digest == "" || rec.Target.Digest == rec.Digest {
+		return nil // nothing pushed, or the source itself
+	}
+	repository := rec.Target.Repository
+	doomed := []digest.Digest{rec.Target.Digest}
+	top, err := client.Pull(ctx, repository, rec.Target.Digest)
+	if errors.Is(err, accel.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look into target %s@%s: %w", repository, rec.Target.Digest, err)
+	}
+	subjects := []*v1.Descriptor{}
+	manifests := []*registry.Manifest{top}
+	if top.Index != nil {
+		m, err := top.Index.IndexManifest()
+		if err != nil {
+			return err
+		}
+		for _, d := range m.Manifests {
+			child, err := client.Pull(ctx, repository, digest.Digest(d.Digest.String()))
+			if errors.Is(err, accel.ErrNotFound) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			doomed = append(doomed, digest.Digest(d.Digest.String()))
+			manifests = append(manifests, child)
+		}
+	}
+	for _, m := range manifests {
+		if m.Image == nil {
+			continue
+		}
+		im, err := m.Image.Manifest()
+		if err != nil {
+			return err
+		}
+		if im.Subject != nil {
+			subjects = append(subjects, im.Subject)
+		}
+	}
+	for _, s := range subjects {
+		refs, err := client.Referrers(ctx, repository, digest.Digest(s.Digest.String()), accel.MediaTypeMapping)
+		if err != nil {
+			return fmt.Errorf("list the mappings of %s@%s: %w", repository, s.Digest, err)
+		}
+		for _, r := range refs {
+			doomed = append(doomed, digest.Digest(r.Digest.String()))
+		}
+	}
+	for _, d := range doomed { // the index first, so that nothing that stands refers to what is gone
+		if err := client.Delete(ctx, repository, d); err != nil {
+			return fmt.Errorf("delete %s@%s: %w", repository, d, err)
+		}
+	}
+	return nil
+}
