@@ -148,7 +148,7 @@ func (a *authority) exchange(ctx context.Context, config *authn.AuthConfig, scop
 	if err != nil {
 		var status *transport.Error
 		if errors.As(err, &status) {
-			err = classify(status, nil)
+			err = refusal(&responseError{answer: status})
 		}
 		return "", time.Time{}, fmt.Errorf("get a token for %s: %w", a.host.name, err)
 	}
@@ -166,6 +166,8 @@ func (a *authority) exchange(ctx context.Context, config *authn.AuthConfig, scop
 // ping asks how the registry wants to be authenticated to. An empty scheme
 // means not at all.
 func (a *authority) ping(ctx context.Context) (*transport.Challenge, error) {
+	ctx, cancel := context.WithTimeout(ctx, a.timeout)
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, a.host.scheme+"://"+a.host.wire+"/v2/", nil)
 	if err != nil {
 		return nil, err
@@ -187,7 +189,7 @@ func (a *authority) ping(ctx context.Context) (*transport.Challenge, error) {
 		}
 		return nil, fmt.Errorf("%w: %s answers 401 without saying how to authenticate", accel.ErrUnauthenticated, a.host.name)
 	default:
-		return nil, statusError(resp)
+		return nil, refusal(statusError(resp))
 	}
 }
 

@@ -31,11 +31,17 @@ func (b blob) open(ctx context.Context) (io.ReadCloser, error) {
 	br := &blobReader{blob: b, ctx: ctx, hash: sha256.New(), budget: b.c.budget()}
 	for {
 		err := br.connect()
+		if err == nil && b.desc.Size == 0 {
+			if err = br.check(); err != nil {
+				br.disconnect()
+				err = spentError{err}
+			}
+		}
 		if err == nil {
 			return br, nil
 		}
 		if err := br.budget.again(ctx, err); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("blob %s@%s: %w", b.r, b.desc.Digest, err)
 		}
 	}
 }
@@ -73,16 +79,16 @@ func (b *blobReader) Read(p []byte) (int, error) {
 		return 0, nil
 	}
 	for b.err == nil {
+		if b.offset == b.desc.Size {
+			b.err = io.EOF // checked with the last bytes; an empty blob, when it was opened
+			break
+		}
 		n, err := b.step(p)
 		if n > 0 {
 			return n, nil
 		}
 		if err == nil {
 			continue
-		}
-		if err == io.EOF {
-			b.err = err
-			break
 		}
 		b.disconnect()
 		if b.offset-b.failedAt >= progressBytes {
@@ -96,26 +102,19 @@ func (b *blobReader) Read(p []byte) (int, error) {
 	return 0, b.err
 }
 
-// step reads once. io.EOF means that all has come and is right.
+// step reads once from the connection, made anew where there is none.
 func (b *blobReader) step(p []byte) (int, error) {
-	left := b.desc.Size - b.offset
-	if left == 0 {
-		if b.offset == 0 {
-			return 0, b.verified() // an empty blob
-		}
-		return 0, io.EOF
-	}
 	if b.body == nil {
 		if err := b.connect(); err != nil {
 			return 0, err
 		}
 	}
+	left := b.desc.Size - b.offset
 	n, err := b.body.Read(p[:min(int64(len(p)), left)])
 	b.hash.Write(p[:n])
 	if int64(n) == left {
-		if err := b.verified(); err != io.EOF {
-			b.err = err // what has been given away cannot be taken back
-			return 0, nil
+		if err := b.check(); err != nil {
+			return 0, spentError{err} // what has been given away cannot be taken back
 		}
 	}
 	b.offset += int64(n)
@@ -129,12 +128,12 @@ func (b *blobReader) step(p []byte) (int, error) {
 	}
 }
 
-// verified returns io.EOF where the bytes have the descriptor's digest.
-func (b *blobReader) verified() error {
+// check compares the bytes that came with the descriptor's digest.
+func (b *blobReader) check() error {
 	if got := hex.EncodeToString(b.hash.Sum(nil)); got != b.desc.Digest.Hex {
-		return &corruptError{fmt.Sprintf("blob %s@%s: its content has digest sha256:%s", b.r, b.desc.Digest, got)}
+		return &corruptError{"its content has digest sha256:" + got}
 	}
-	return io.EOF
+	return nil
 }
 
 // connect asks for what is left of the blob.
@@ -162,12 +161,12 @@ func (b *blobReader) connect() error {
 		if _, err := fmt.Sscanf(resp.Header.Get("Content-Range"), "bytes %d-%d/", &starts, &end); err != nil || starts != b.offset {
 			b.unranged = true
 			resp.Body.Close()
-			return &corruptError{fmt.Sprintf("blob %s@%s: asked for bytes from %d, got %q", b.r, b.desc.Digest, b.offset, resp.Header.Get("Content-Range"))}
+			return &corruptError{fmt.Sprintf("asked for bytes from %d, got %q", b.offset, resp.Header.Get("Content-Range"))}
 		}
 	}
 	if resp.ContentLength >= 0 && starts+resp.ContentLength != b.desc.Size {
 		resp.Body.Close()
-		return &corruptError{fmt.Sprintf("blob %s@%s has %d bytes, its descriptor says %d", b.r, b.desc.Digest, starts+resp.ContentLength, b.desc.Size)}
+		return &corruptError{fmt.Sprintf("it has %d bytes, its descriptor says %d", starts+resp.ContentLength, b.desc.Size)}
 	}
 	if starts < b.offset {
 		// No ranges here: what was given away already comes again and is passed

@@ -21,10 +21,10 @@ import (
 	"time"
 
 	"accel"
+	"accel/internal/keylock"
 
 	"github.com/distribution/reference"
 	"github.com/google/go-containerregistry/pkg/authn"
-	"github.com/opencontainers/go-digest"
 )
 
 // Host is one registry on the allowlist.
@@ -73,7 +73,7 @@ type Client struct {
 	names    map[string]*host // configured hosts by canonical name and alias
 	shared   *http.Transport  // for hosts without a CA of their own
 	all      []*http.Transport
-	subjects keyedMutex // serialises writes to a subject's referrers tag
+	subjects keylock.Mutex // serialises writes to a subject's referrers tag
 
 	mu     sync.Mutex
 	others map[string]*host // hosts that nobody configured, met under AllowAny
@@ -229,69 +229,6 @@ func normalise(name string, plainHTTP bool) (string, error) {
 		}
 	}
 	return n, nil
-}
-
-// repo is one repository of one registry.
-type repo struct {
-	*host
-	path string
-}
-
-func (r repo) String() string { return r.name + "/" + r.path }
-
-// url of something below the repository, such as "manifests/v1".
-func (r repo) url(rest string) string {
-	return r.scheme + "://" + r.wire + "/v2/" + r.path + "/" + rest
-}
-
-func (r repo) pull() []string { return []string{"repository:" + r.path + ":pull"} }
-func (r repo) push() []string { return []string{"repository:" + r.path + ":pull,push"} }
-
-// repository finds the host of "host/path" and checks the path.
-func (c *Client) repository(s string) (repo, error) {
-	name, path, _ := strings.Cut(s, "/")
-	h, err := c.host(name)
-	if err != nil {
-		return repo{}, err
-	}
-	if h.name == dockerHub[0] && !strings.Contains(path, "/") {
-		path = "library/" + path
-	}
-	if _, err := reference.WithName(h.name + "/" + path); err != nil || path == "" {
-		return repo{}, fmt.Errorf("%w: repository %q: want HOST/PATH with a lower-case path", accel.ErrInvalid, s)
-	}
-	return repo{h, path}, nil
-}
-
-// target is repository for a tag or digest of it, which is checked too.
-func (c *Client) target(repository, tagOrDigest string) (repo, error) {
-	r, err := c.repository(repository)
-	if err != nil {
-		return repo{}, err
-	}
-	if strings.Contains(tagOrDigest, ":") {
-		return r, validDigest(digest.Digest(tagOrDigest))
-	}
-	named, err := reference.WithName(r.String())
-	if err == nil {
-		_, err = reference.WithTag(named, tagOrDigest)
-	}
-	if err != nil {
-		return repo{}, fmt.Errorf("%w: tag %q of %s: %v", accel.ErrInvalid, tagOrDigest, repository, err)
-	}
-	return r, nil
-}
-
-// validDigest takes SHA-256 alone: the manifest types of go-containerregistry
-// know no other.
-func validDigest(d digest.Digest) error {
-	if err := d.Validate(); err != nil {
-		return fmt.Errorf("%w: digest %q: %v", accel.ErrInvalid, d, err)
-	}
-	if d.Algorithm() != digest.SHA256 {
-		return accel.Permanent(fmt.Errorf("%w: digest %q: only sha256 is supported", accel.ErrInvalid, d))
-	}
-	return nil
 }
 
 func rootsWith(caFile string) (*x509.CertPool, error) {

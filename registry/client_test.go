@@ -269,11 +269,12 @@ func TestStatuses(t *testing.T) {
 		{code: 400, body: `{"errors":[{"code":"MANIFEST_BLOB_UNKNOWN","message":"blob unknown"}]}`, tries: 1},
 		{code: 409, tries: 1},
 		{code: 500, tries: 4},
+		{code: 404, body: strings.Repeat("<html>", 100_000), want: accel.ErrNotFound, tries: 1},
 		{code: 502, tries: 4},
 		{code: 503, tries: 4},
 		{code: 429, tries: 4},
 	} {
-		t.Run(fmt.Sprint(c.code, c.body), func(t *testing.T) {
+		t.Run(fmt.Sprintf("%d %.30s", c.code, c.body), func(t *testing.T) {
 			front := &faulty{next: newGGCR()}
 			host := serve(t, front)
 			client := newClient(t, host)
@@ -294,6 +295,35 @@ func TestStatuses(t *testing.T) {
 				t.Errorf("the registry's own words are lost: %v", err)
 			}
 		})
+	}
+}
+
+// TestNotFoundIsTheRegistrysWord: a proxy without a backend answers 404 too, and
+// that must not pass for an image that was removed.
+func TestNotFoundIsTheRegistrysWord(t *testing.T) {
+	ctx := context.Background()
+	front, host, img := fronted(t, newGGCR())
+	c := newClient(t, host)
+	if _, err := c.Head(ctx, host+"/app", "v1"); !errors.Is(err, accel.ErrNotFound) {
+		t.Errorf("got %v, want ErrNotFound", err)
+	}
+	front.set(func(w http.ResponseWriter, r *http.Request, _ http.Handler) bool {
+		http.NotFound(w, r)
+		return true
+	})
+	d := digestOf(t, img)
+	for name, call := range map[string]func(c *registry.Client) error{
+		"Head":      func(c *registry.Client) error { _, err := c.Head(ctx, host+"/app", d.String()); return err },
+		"Pull":      func(c *registry.Client) error { _, err := c.Pull(ctx, host+"/app", d); return err },
+		"Verify":    func(c *registry.Client) error { return c.Verify(ctx, host+"/app", d, false) },
+		"Referrers": func(c *registry.Client) error { _, err := c.Referrers(ctx, host+"/app", d, ""); return err },
+	} {
+		// Once where the session is there already, once where it is to be opened.
+		for _, client := range []*registry.Client{c, newClient(t, host)} {
+			if err := call(client); err == nil || errors.Is(err, accel.ErrNotFound) || accel.IsPermanent(err) {
+				t.Errorf("%s: got %v", name, err)
+			}
+		}
 	}
 }
 

@@ -1,11 +1,12 @@
 package registry
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
-	"fmt"
+	"io"
 	"net/http"
 	"slices"
 	"strconv"
@@ -55,24 +56,36 @@ func (e *responseError) has(codes ...transport.ErrorCode) bool {
 }
 
 // statusError makes an error of an unexpected answer, whose body it reads but
-// does not close.
-func statusError(resp *http.Response) error {
-	err := transport.CheckError(resp) // no status is fine here
-	var status *transport.Error
-	if !errors.As(err, &status) {
-		return fmt.Errorf("%s %s: status %s, and its body cannot be read: %w", resp.Request.Method, resp.Request.URL.Redacted(), resp.Status, err)
+// does not close. The meaning that its status has for the queue is left out.
+func statusError(resp *http.Response) *responseError {
+	// A body that is too long or breaks off does not change the status.
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxErrorBytes))
+	copied := *resp
+	copied.Body = io.NopCloser(bytes.NewReader(body))
+	e := &responseError{after: retryAfter(resp.Header)}
+	if !errors.As(transport.CheckError(&copied), &e.answer) { // no status is fine here
+		e.answer = &transport.Error{StatusCode: resp.StatusCode, Request: resp.Request}
 	}
-	return classify(status, resp.Header)
+	return e
 }
 
-// classify gives an answer the meaning that the queue acts on.
-func classify(status *transport.Error, header http.Header) error {
-	e := &responseError{answer: status, after: retryAfter(header)}
-	switch status.StatusCode {
+// refusal is the meaning of an answer on the way to being authenticated. Only a
+// refusal has one: "not found" there says nothing of the image that was meant.
+func refusal(e *responseError) error {
+	switch e.answer.StatusCode {
 	case http.StatusUnauthorized:
 		e.sentinel = accel.ErrUnauthenticated
 	case http.StatusForbidden:
 		e.sentinel = accel.ErrForbidden
+	}
+	return e
+}
+
+// classify gives an answer of the registry the meaning that the queue acts on.
+func classify(e *responseError) error {
+	switch e.answer.StatusCode {
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return refusal(e)
 	case http.StatusNotFound:
 		// A forgotten upload is begun again; the repository may well be there.
 		if !e.has(transport.BlobUploadUnknownErrorCode) {

@@ -55,7 +55,7 @@ func (f fallback) descriptors() ([]v1.Descriptor, error) {
 	for i, raw := range f.Manifests {
 		var d v1.Descriptor
 		if err := json.Unmarshal(raw, &d); err != nil {
-			return nil, fmt.Errorf("%w: entry %d of a referrers tag: %v", accel.ErrInvalid, i, err)
+			return nil, fmt.Errorf("%w: entry %d of a referrers tag: %w", accel.ErrInvalid, i, err)
 		}
 		all = append(all, d)
 	}
@@ -122,7 +122,7 @@ func (c *Client) unlist(ctx context.Context, r repo, subject v1.Hash, d digest.D
 // to change. Registries have no compare-and-swap: calls of this process take
 // turns, and a write that another process has overwritten is made again.
 func (c *Client) rewrite(ctx context.Context, r repo, subject string, change func(*fallback) (changed bool)) error {
-	unlock, err := c.subjects.lock(ctx, r.String()+"@"+subject)
+	unlock, err := c.subjects.Lock(ctx, r.String()+"@"+subject)
 	if err != nil {
 		return err
 	}

@@ -14,6 +14,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/partial"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/opencontainers/go-digest"
 )
 
 // maxConfigBytes bounds an image's config, as a manifest is bounded: large ones
@@ -214,6 +215,20 @@ func (i *index) child(h v1.Hash) (*Manifest, error) {
 		return i.c.open(i.ctx, i.r, raw, desc)
 	}
 	return nil, fmt.Errorf("%w: index %s has no member %s", accel.ErrNotFound, i.desc.Digest, h)
+}
+
+// HasBlob returns the size of the blob d as the registry tells it (-1 where it
+// does not); accel.ErrNotFound where the repository does not have it.
+func (c *Client) HasBlob(ctx context.Context, repository string, d digest.Digest) (sizeBytes int64, err error) {
+	r, err := c.target(repository, d.String())
+	if err != nil {
+		return 0, err
+	}
+	h, err := v1.NewHash(d.String())
+	if err != nil {
+		return 0, err
+	}
+	return blob{c: c, r: r, desc: v1.Descriptor{Digest: h}}.head(ctx)
 }
 
 // head asks whether the registry has the blob, and how large it says it is

@@ -64,7 +64,7 @@ func (c *Client) listing(ctx context.Context, r repo, at string, scopes []string
 			Repositories []string `json:"repositories"`
 		}
 		if err := json.Unmarshal(raw, &body); err != nil {
-			return nil, fmt.Errorf("%w: %s: %v", accel.ErrInvalid, at, err)
+			return nil, fmt.Errorf("%w: %s: %w", accel.ErrInvalid, at, err)
 		}
 		all = append(append(all, body.Tags...), body.Repositories...)
 		if at, err = nextPage(r, at, header); err != nil {
@@ -89,7 +89,7 @@ func nextPage(r repo, at string, header http.Header) (string, error) {
 		}
 		next, err := base.Parse(target)
 		if err != nil {
-			return "", fmt.Errorf("%w: link to the next page of %s: %v", accel.ErrInvalid, at, err)
+			return "", fmt.Errorf("%w: link to the next page of %s: %w", accel.ErrInvalid, at, err)
 		}
 		there := (&url.URL{Scheme: r.scheme, Host: r.wire, Path: next.Path, RawPath: next.RawPath, RawQuery: next.RawQuery}).String()
 		if there == at {

@@ -112,7 +112,7 @@ func (c *Client) open(ctx context.Context, r repo, raw []byte, desc v1.Descripto
 		m.Image, err = newImage(ctx, c, r, raw, desc)
 	}
 	if err != nil {
-		return nil, accel.Permanent(fmt.Errorf("%w: manifest %s@%s: %v", accel.ErrInvalid, r, desc.Digest, err))
+		return nil, accel.Permanent(fmt.Errorf("%w: manifest %s@%s: %w", accel.ErrInvalid, r, desc.Digest, err))
 	}
 	return m, nil
 }
@@ -146,7 +146,7 @@ func (c *Client) manifest(ctx context.Context, r repo, tagOrDigest string) ([]by
 		return nil, v1.Descriptor{}, err
 	}
 	if desc.MediaType, err = agreedMediaType(header, raw); err != nil {
-		return nil, v1.Descriptor{}, accel.Permanent(fmt.Errorf("%w: manifest %s@%s: %v", accel.ErrInvalid, r, desc.Digest, err))
+		return nil, v1.Descriptor{}, accel.Permanent(fmt.Errorf("%w: manifest %s@%s: %w", accel.ErrInvalid, r, desc.Digest, err))
 	}
 	return raw, desc, nil
 }
@@ -247,7 +247,7 @@ func (c *Client) Delete(ctx context.Context, repository string, d digest.Digest)
 	}
 	subject, _, err := referrerOf(raw)
 	if err != nil {
-		return accel.Permanent(fmt.Errorf("%w: manifest %s@%s: %v", accel.ErrInvalid, r, d, err))
+		return accel.Permanent(fmt.Errorf("%w: manifest %s@%s: %w", accel.ErrInvalid, r, d, err))
 	}
 	if subject != nil {
 		if err := c.unlist(ctx, r, subject.Digest, d); err != nil {

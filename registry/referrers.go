@@ -158,7 +158,7 @@ func (c *Client) referrersAPI(ctx context.Context, r repo, subject string) ([]v1
 		}
 		m, err := v1.ParseIndexManifest(bytes.NewReader(raw))
 		if err != nil {
-			return nil, fmt.Errorf("%w: referrers listing: %v", accel.ErrInvalid, err)
+			return nil, fmt.Errorf("%w: referrers listing: %w", accel.ErrInvalid, err)
 		}
 		all = append(all, m.Manifests...)
 		if at, err = nextPage(r, at, header); err != nil {

@@ -66,17 +66,20 @@ func TestAttach(t *testing.T) {
 			if !reflect.DeepEqual(got.Annotations, annotations) {
 				t.Errorf("a listing alone delivers annotations %v, want %v", got.Annotations, annotations)
 			}
-			if all, err := c.Referrers(ctx, repository, digestOf(t, img), ""); err != nil || len(all) != 2 {
-				t.Errorf("all: %d, %v", len(all), err)
-			}
 			if err := c.Verify(ctx, repository, digest.Digest(want.Digest.String()), true); err != nil {
 				t.Errorf("read back: %v", err)
 			}
-			if err := c.Delete(ctx, repository, digest.Digest(want.Digest.String())); err != nil {
-				t.Fatal(err)
+			all, err := c.Referrers(ctx, repository, digestOf(t, img), "")
+			if err != nil || len(all) != 2 {
+				t.Errorf("all: %d, %v", len(all), err)
 			}
-			if refs, err := c.Referrers(ctx, repository, digestOf(t, img), accel.MediaTypeMapping); err != nil || len(refs) != 0 {
-				t.Errorf("after Delete: %v, %v", refs, err)
+			for i, d := range all { // until none is left
+				if err := c.Delete(ctx, repository, digest.Digest(d.Digest.String())); err != nil {
+					t.Fatal(err)
+				}
+				if left, err := c.Referrers(ctx, repository, digestOf(t, img), ""); err != nil || len(left) != len(all)-i-1 {
+					t.Errorf("after Delete: %v, %v", left, err)
+				}
 			}
 		})
 	}

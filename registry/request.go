@@ -3,30 +3,17 @@ package registry
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
-	"net"
 	"net/http"
-	"net/url"
 	"slices"
-	"strings"
-	"time"
 
 	"accel"
 
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 )
 
-const (
-	// maxPause bounds the pause between two attempts of one call. A registry that
-	// asks for a longer one gets it from the queue.
-	maxPause = 10 * time.Second
-	// maxRedirects is what blob stores behind registries need, with some to spare.
-	maxRedirects = 5
-	userAgent    = "accel"
-)
+const userAgent = "accel"
 
 // request is one HTTP request that can be sent again.
 type request struct {
@@ -126,9 +113,8 @@ func (c *Client) once(ctx context.Context, r repo, req request) (*http.Response,
 		// The second 401 may be for a scope that the first one's challenge named.
 		again := resp.StatusCode == http.StatusUnauthorized && refusals < 2 || resp.StatusCode == http.StatusForbidden && refusals < 1
 		if !again {
-			err := statusError(resp)
-			drain(resp)
-			return nil, err
+			defer drain(resp)
+			return nil, r.meaning(ctx, resp)
 		}
 		challenge = nil
 		if resp.StatusCode == http.StatusUnauthorized && r.same(resp.Request.URL) {
@@ -138,6 +124,20 @@ func (c *Client) once(ctx context.Context, r repo, req request) (*http.Response,
 		r.auth.drop(s)
 		scopes = withScope(scopes, challenge)
 	}
+}
+
+// meaning classifies an unexpected answer. A 404 that bears no mark of a
+// registry may come from a proxy whose registry is away for a moment; "not
+// found" would have targets removed, so the registry itself is asked for first.
+func (h *host) meaning(ctx context.Context, resp *http.Response) error {
+	e := statusError(resp)
+	if resp.StatusCode != http.StatusNotFound || resp.Header.Get("Docker-Distribution-Api-Version") != "" {
+		return classify(e)
+	}
+	if _, err := h.auth.ping(ctx); err != nil {
+		return fmt.Errorf("%w; nor does %s answer as a registry: %w", e, h.name, err)
+	}
+	return classify(e)
 }
 
 // send makes one round trip, redirects included, under a stall watch.
@@ -170,7 +170,7 @@ func (c *Client) send(ctx context.Context, r repo, req request, authorization st
 			upload.ReadCloser.Close()
 		}
 		cancel(context.Canceled)
-		return nil, fmt.Errorf("%w: %v", accel.ErrInvalid, err)
+		return nil, fmt.Errorf("%w: %w", accel.ErrInvalid, err)
 	}
 	if req.source != nil {
 		hr.ContentLength = req.source.sizeBytes
@@ -204,153 +204,4 @@ func (c *Client) send(ctx context.Context, r repo, req request, authorization st
 func drain(resp *http.Response) {
 	_, _ = io.CopyN(io.Discard, resp.Body, maxErrorBytes) // what fails here costs a connection, no more
 	resp.Body.Close()
-}
-
-func (h *host) client() *http.Client {
-	return &http.Client{Transport: h.transport, CheckRedirect: func(next *http.Request, via []*http.Request) error {
-		if next.URL.Scheme != h.scheme || len(via) >= maxRedirects {
-			return &refusedError{fmt.Sprintf("%s redirects to %s, which is not followed", h.name, next.URL.Redacted())}
-		}
-		return nil
-	}}
-}
-
-// same reports whether u is at the registry itself.
-func (h *host) same(u *url.URL) bool {
-	n, err := normalise(u.Host, u.Scheme == "http")
-	if err != nil || u.Scheme != h.scheme {
-		return false
-	}
-	return n == h.name || n == h.wire
-}
-
-// authorized adds the Authorization header to what goes to the registry
-// itself, and to nothing that it redirects to.
-type authorized struct {
-	host   *host
-	header string
-}
-
-func (a authorized) RoundTrip(req *http.Request) (*http.Response, error) {
-	if a.header != "" && a.host.same(req.URL) {
-		req = req.Clone(req.Context())
-		req.Header.Set("Authorization", a.header)
-	}
-	return a.host.transport.RoundTrip(req)
-}
-
-// follow says whether a redirect of the registry h, or the place that it names
-// for an upload, may be gone to. Blob stores are hosts of their own, so the
-// allowlist does not hold here; but a registry cannot send us to a plain-HTTP
-// place from HTTPS, nor to an address inside the network that it is not in.
-func (c *Client) follow(h *host, u *url.URL, redirects int) error {
-	refuse := func(why string) error {
-		return &refusedError{fmt.Sprintf("%s redirects to %s: %s", h.name, u.Redacted(), why)}
-	}
-	if redirects >= maxRedirects {
-		return refuse(fmt.Sprintf("more than %d redirects", maxRedirects))
-	}
-	if u.Host == "" {
-		return refuse("it names no host")
-	}
-	if u.Scheme != "https" && (u.Scheme != "http" || h.scheme != "http") {
-		return refuse("only https is followed")
-	}
-	if h.same(u) {
-		return nil
-	}
-	if n, err := normalise(u.Host, u.Scheme == "http"); err == nil && c.names[n] != nil {
-		return nil
-	}
-	switch reach := reachOf(u.Hostname()); {
-	case reach == reachNever:
-		return refuse("link-local and multicast addresses are not followed")
-	case reach == reachInside && reachOf((&url.URL{Host: h.wire}).Hostname()) != reachInside:
-		return refuse("a private address; add it to the configured registries if it is meant")
-	}
-	return nil
-}
-
-// reach is how far away a host name is by its looks. Names are not resolved: a
-// blob store's name may stand for any address.
-type reach int
-
-const (
-	reachAny    reach = iota
-	reachInside       // loopback and private addresses
-	reachNever        // link-local (cloud metadata services), multicast, unspecified
-)
-
-func reachOf(name string) reach {
-	if strings.EqualFold(name, "localhost") || strings.HasSuffix(strings.ToLower(name), ".localhost") {
-		return reachInside
-	}
-	ip := net.ParseIP(name)
-	switch {
-	case ip == nil:
-		return reachAny
-	case ip.IsLinkLocalUnicast(), ip.IsMulticast(), ip.IsUnspecified():
-		return reachNever
-	case ip.IsLoopback(), ip.IsPrivate():
-		return reachInside
-	default:
-		return reachAny
-	}
-}
-
-// budget is what one call may spend on further attempts.
-type budget struct {
-	attempts int // of the whole
-	left     int
-	pause    time.Duration
-	initial  time.Duration
-}
-
-func (c *Client) budget() *budget {
-	return &budget{attempts: c.o.Attempts, left: c.o.Attempts - 1, pause: c.o.Backoff, initial: c.o.Backoff}
-}
-
-// refill gives all attempts back, after progress.
-func (b *budget) refill() { b.left, b.pause = b.attempts-1, b.initial }
-
-// again waits until the next attempt is due and returns nil, or returns the
-// error to end with: err itself, marked with the pause that the registry asked for.
-func (b *budget) again(ctx context.Context, err error) error {
-	var after time.Duration
-	if answer := (*responseError)(nil); errors.As(err, &answer) {
-		after = answer.after
-	}
-	switch {
-	case ctx.Err() != nil:
-		if cause := context.Cause(ctx); !errors.Is(err, cause) {
-			return fmt.Errorf("%w, after: %w", cause, err)
-		}
-		return err
-	case !retryable(err):
-		return asking(err, after)
-	case b.left <= 0 || after > maxPause:
-		if b.attempts > 1 && after <= maxPause {
-			err = fmt.Errorf("gave up after %d attempts: %w", b.attempts, err)
-		}
-		return asking(err, after)
-	}
-	b.left--
-	wait := max(after, b.pause/2+rand.N(b.pause/2+1))
-	b.pause = min(2*b.pause, maxPause)
-	timer := time.NewTimer(wait)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("%w, after: %w", context.Cause(ctx), err)
-	}
-}
-
-// asking marks err with a pause, where one was asked for.
-func asking(err error, after time.Duration) error {
-	if after > 0 {
-		return accel.WithRetryAfter(err, after)
-	}
-	return err
 }

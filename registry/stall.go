@@ -153,7 +153,7 @@ func (b *downloadBody) Read(p []byte) (int, error) {
 	b.watch.begin()
 	n, err := b.ReadCloser.Read(p)
 	b.watch.end(n)
-	if err != nil && err != io.EOF && b.ctx.Err() != nil {
+	if err != nil && !errors.Is(err, io.EOF) && b.ctx.Err() != nil {
 		err = context.Cause(b.ctx)
 	}
 	return n, err

@@ -111,7 +111,7 @@ func (b blob) verify(ctx context.Context, full bool) error {
 	}
 	rc, err := b.open(ctx)
 	if err != nil {
-		return fmt.Errorf("blob %s@%s: %w", b.r, b.desc.Digest, err)
+		return err
 	}
 	defer rc.Close()
 	_, err = io.Copy(io.Discard, rc)

@@ -80,7 +80,7 @@ func NewVerifier(pemText []byte) (*Verifier, error) {
 		}
 		parsed, err := x509.ParsePKIXPublicKey(block.Bytes)
 		if err != nil {
-			return nil, fmt.Errorf("%w: trusted keys: PEM block %d: %v", accel.ErrInvalid, n, err)
+			return nil, fmt.Errorf("%w: trusted keys: PEM block %d: %w", accel.ErrInvalid, n, err)
 		}
 		public, ok := parsed.(ed25519.PublicKey)
 		if !ok {
@@ -114,7 +114,7 @@ func (v *Verifier) Verify(ctx context.Context, envelope []byte) (accel.Mapping, 
 	}
 	var env dsse.Envelope
 	if err := json.Unmarshal(envelope, &env); err != nil {
-		return accel.Mapping{}, fmt.Errorf("%w: mapping envelope: %v", accel.ErrInvalid, err)
+		return accel.Mapping{}, fmt.Errorf("%w: mapping envelope: %w", accel.ErrInvalid, err)
 	}
 	if env.PayloadType != accel.MediaTypeMapping {
 		return accel.Mapping{}, fmt.Errorf("%w: mapping envelope: payload type %q, want %q", accel.ErrInvalid, env.PayloadType, accel.MediaTypeMapping)
@@ -125,11 +125,11 @@ func (v *Verifier) Verify(ctx context.Context, envelope []byte) (accel.Mapping, 
 	// Nothing of the payload is looked at before a signature holds.
 	_, payload, err := v.inner.VerifyAndDecode(ctx, &env)
 	if err != nil {
-		return accel.Mapping{}, fmt.Errorf("%w: mapping envelope: no trusted key signed it: %v", accel.ErrUnauthenticated, err)
+		return accel.Mapping{}, fmt.Errorf("%w: mapping envelope: no trusted key signed it: %w", accel.ErrUnauthenticated, err)
 	}
 	var m accel.Mapping
 	if err := json.Unmarshal(payload, &m); err != nil {
-		return accel.Mapping{}, fmt.Errorf("%w: signed mapping: %v", accel.ErrInvalid, err)
+		return accel.Mapping{}, fmt.Errorf("%w: signed mapping: %w", accel.ErrInvalid, err)
 	}
 	if err := validate(m); err != nil {
 		return accel.Mapping{}, err

@@ -27,7 +27,7 @@ func readKey(path string) (keyPair, error) {
 	}
 	parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 	if err != nil {
-		return keyPair{}, fmt.Errorf("%w: signing key %s: %v", accel.ErrInvalid, path, err)
+		return keyPair{}, fmt.Errorf("%w: signing key %s: %w", accel.ErrInvalid, path, err)
 	}
 	private, ok := parsed.(ed25519.PrivateKey)
 	if !ok {

@@ -24,7 +24,7 @@ func validate(m accel.Mapping) error {
 		{"targetRepository", m.TargetRepository},
 	} {
 		if _, err := reference.WithName(f.repository); err != nil {
-			return fmt.Errorf("%w: mapping: %s %q: %v", accel.ErrInvalid, f.name, f.repository, err)
+			return fmt.Errorf("%w: mapping: %s %q: %w", accel.ErrInvalid, f.name, f.repository, err)
 		}
 	}
 	if err := validDigest("sourceManifest", m.SourceManifest); err != nil {
@@ -82,7 +82,7 @@ func validateLayer(where string, l accel.LayerMapping) error {
 
 func validDigest(where string, d digest.Digest) error {
 	if err := d.Validate(); err != nil {
-		return fmt.Errorf("%w: mapping: %s %q: %v", accel.ErrInvalid, where, d, err)
+		return fmt.Errorf("%w: mapping: %s %q: %w", accel.ErrInvalid, where, d, err)
 	}
 	return nil
 }

@@ -151,7 +151,7 @@ func (b *batch) unmarshal(what string, body []byte, v any) error {
 	if errors.As(err, &wrong) {
 		return b.invalid(what, "field %.200q holds a JSON %s", wrong.Field, wrong.Value)
 	}
-	return b.invalid(what, "no JSON: %v", err)
+	return b.invalid(what, "not the expected JSON: %v", err)
 }
 
 // count refuses more events than a notification may have.

@@ -75,7 +75,7 @@ func (b *batch) addHarbor(prefix string, data *harborData, at timestamp) error {
 	if len(data.Resources) == 0 {
 		return b.invalid(prefix+"resources", "missing")
 	}
-	if err := b.count(prefix+"resources", len(b.events)+len(data.Resources)); err != nil {
+	if err := b.count(prefix+"resources", len(b.events)+len(b.ignored)+len(b.rejected)+len(data.Resources)); err != nil {
 		return err
 	}
 	repository := field{prefix + "repository.repo_full_name", data.Repository.RepoFullName}

@@ -22,7 +22,8 @@ func decodeZot(b *batch, header http.Header, body []byte) error {
 			Reference string `json:"reference"` // tag or digest
 			Digest    string `json:"digest"`
 			MediaType string `json:"mediaType"`
-			Manifest  string `json:"manifest"` // the manifest itself, as a string
+			// Manifest is the manifest itself, as a JSON text in a string.
+			Manifest json.RawMessage `json:"manifest"`
 		}
 		if err := b.unmarshal("data", e.Data(), &data); err != nil {
 			return err
@@ -43,13 +44,17 @@ func decodeZot(b *batch, header http.Header, body []byte) error {
 
 // configMediaType is the media type of a manifest's config, which tells images
 // from other artifacts; empty for an index and for what cannot be read.
-func configMediaType(manifest string) string {
+func configMediaType(manifest json.RawMessage) string {
+	var text string
+	if json.Unmarshal(manifest, &text) == nil {
+		manifest = json.RawMessage(text)
+	}
 	var m struct {
 		Config struct {
 			MediaType string `json:"mediaType"`
 		} `json:"config"`
 	}
-	if json.Unmarshal([]byte(manifest), &m) != nil {
+	if json.Unmarshal(manifest, &m) != nil {
 		return ""
 	}
 	return m.Config.MediaType

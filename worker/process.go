@@ -59,14 +59,18 @@ func (k *Worker) process(ctx context.Context, w readiness.Work) error {
 	}
 	started := time.Now()
 	repository, _ := k.Target.For(w.Repository, "")
-	conv, err := k.Converter.Convert(ctx, convert.Source{Repository: w.Repository, Image: src.Image, Index: src.Index}, convert.Options{
+	options := convert.Options{
 		LayerDone: func(ctx context.Context, l v1.Layer, m accel.LayerMapping) error {
 			if m.Target == m.Source && repository == w.Repository {
 				return nil // passed through, and there already
 			}
 			return k.Registry.PushLayer(ctx, repository, l)
 		},
-	})
+	}
+	if w.Attempts == 1 { // a memo that misled the first attempt does not mislead the next
+		options.Memo = layerMemo{tracker: k.Tracker, registry: k.Registry, repository: repository}
+	}
+	conv, err := k.Converter.Convert(ctx, convert.Source{Repository: w.Repository, Image: src.Image, Index: src.Index}, options)
 	if err != nil {
 		return fmt.Errorf("convert %s: %w", w.Image(), err)
 	}
@@ -119,10 +123,11 @@ func (k *Worker) sift(ctx context.Context, w readiness.Work, src *registry.Manif
 		}
 		return true, k.Tracker.Drop(ctx, w, "no image: "+why)
 	}
-	if src.Index != nil {
-		return false, k.Tracker.Fold(ctx, w, string(src.Descriptor.MediaType), children)
+	// For an image this says that it is no index that others should wait for.
+	if err := k.Tracker.Fold(ctx, w, string(src.Descriptor.MediaType), children); err != nil {
+		return false, err
 	}
-	if len(w.Tags) == 0 && w.Origin != accel.OriginAPI {
+	if src.Image != nil && len(w.Tags) == 0 && w.Origin != accel.OriginAPI {
 		wait, err := k.Tracker.IndexInWork(ctx, w.Repository)
 		if err != nil {
 			return false, err
@@ -290,4 +295,3 @@ func manifestDigests(conv *convert.Result) ([]digest.Digest, error) {
 // isTag reports whether a tag names an image, not a referrers fallback index,
 // a signature or a digest-named target of ours (sha256-...).
 func isTag(tag string) bool { return !strings.HasPrefix(tag, "sha256-") }
-

@@ -6,9 +6,9 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"sync"
 
 	"accel"
+	"accel/internal/keylock"
 	"accel/readiness"
 	"accel/registry"
 
@@ -73,7 +73,7 @@ type tagMover struct {
 	tracker  *readiness.Tracker
 	registry *registry.Client
 	target   Target
-	locks    keyedMutex
+	locks    keylock.Mutex
 }
 
 // move points the target tag of every tag of rec at its target and returns the
@@ -113,7 +113,7 @@ func (m *tagMover) moveOne(ctx context.Context, rec accel.Record, tag string, ta
 	if len(targetTag) > maxTagBytes {
 		return false, "", &accel.Rejection{Rule: "target.tag", Detail: fmt.Sprintf("target tag %q of source tag %q is longer than %d characters", targetTag, tag, maxTagBytes)}
 	}
-	unlock, err := m.locks.lock(ctx, repository+":"+targetTag)
+	unlock, err := m.locks.Lock(ctx, repository+":"+targetTag)
 	if err != nil {
 		return false, "", err
 	}
@@ -162,46 +162,4 @@ func observeTag(ctx context.Context, tracker *readiness.Tracker, client *registr
 		err = nil
 	}
 	return false, err
-}
-
-// keyedMutex serialises by key; entries live as long as somebody holds or
-// awaits them.
-type keyedMutex struct {
-	mu   sync.Mutex
-	held map[string]*keyLock
-}
-
-type keyLock struct {
-	turn  chan struct{} // holds one token while free
-	users int
-}
-
-func (k *keyedMutex) lock(ctx context.Context, key string) (unlock func(), err error) {
-	k.mu.Lock()
-	if k.held == nil {
-		k.held = map[string]*keyLock{}
-	}
-	l := k.held[key]
-	if l == nil {
-		l = &keyLock{turn: make(chan struct{}, 1)}
-		l.turn <- struct{}{}
-		k.held[key] = l
-	}
-	l.users++
-	k.mu.Unlock()
-
-	leave := func() {
-		k.mu.Lock()
-		defer k.mu.Unlock()
-		if l.users--; l.users == 0 {
-			delete(k.held, key)
-		}
-	}
-	select {
-	case <-l.turn:
-		return func() { l.turn <- struct{}{}; leave() }, nil
-	case <-ctx.Done():
-		leave()
-		return nil, ctx.Err()
-	}
 }

@@ -127,59 +127,56 @@ func (s *Store) commit(batch []*call) {
 }
 
 // attempt runs the calls in one transaction and commits. It returns the call that
-// spoiled the transaction, if any; then nothing was kept.
+// spoiled the transaction, if any; then nothing was kept. A call's err is set only
+// when its fate is sealed.
 func (s *Store) attempt(calls []*call) (spoiler *call) {
-	if err := s.failure(); err != nil {
-		fail(calls, err)
-		return nil
-	}
-	var bt *tx
-	err := s.bolt("begin", func() error {
-		b, err := s.db.Begin(true)
-		bt = &tx{bt: b}
-		return err
-	})
+	bt, err := s.begin(true)
 	if err != nil {
-		fail(calls, fmt.Errorf("write store %s: %w", s.path, err))
+		seal(calls, nil, err)
 		return nil
 	}
-	committed := false
+	committing := false
 	defer func() {
-		if !committed {
-			// Of what commit has not ended itself; there it says that it is closed.
-			_ = s.bolt("roll back", func() error { _ = bt.bt.Rollback(); return nil })
+		if !committing {
+			_ = s.bolt("roll back", bt.Rollback) // a panic there is kept as s.failed
 		}
 	}()
-	for _, c := range calls {
-		before := bt.writes
-		bt.ctx = c.ctx
-		if c.err = c.ctx.Err(); c.err == nil {
-			c.err = s.run(c.fn, bt)
+	t := &tx{bt: bt}
+	results := make([]error, len(calls))
+	for i, c := range calls {
+		before := t.writes
+		t.ctx = c.ctx
+		if results[i] = c.ctx.Err(); results[i] == nil {
+			results[i] = s.run(c.fn, t)
 		}
-		if c.err != nil && bt.writes > before {
+		if results[i] != nil && t.writes > before {
+			c.err = results[i]
 			return c
 		}
 	}
-	if bt.writes == 0 {
-		return nil // nothing to make durable
+	if t.writes == 0 {
+		seal(calls, results, nil) // nothing to make durable
+		return nil
 	}
-	committed = true
-	if err := s.bolt("commit", bt.bt.Commit); err != nil {
+	committing = true
+	err = s.bolt("commit", bt.Commit) // rolls back by itself
+	if err != nil {
 		if !noSpace(err) {
 			// After a failed sync the kernel may forget what it could not write and
 			// report the next one as good: only a new start knows what is on disk.
-			s.setFailed(err)
+			s.giveUp(err, false)
 		}
-		fail(calls, fmt.Errorf("write store %s: %w", s.path, err))
+		err = fmt.Errorf("write store %s: %w", s.path, err)
 	}
+	seal(calls, results, err)
 	return nil
 }
 
-// fail sets err for the calls that had succeeded so far.
-func fail(calls []*call, err error) {
-	for _, c := range calls {
-		if c.err == nil || errors.Is(c.err, errUnfinished) {
-			c.err = err
+// seal sets the calls' errors: their own, else the transaction's.
+func seal(calls []*call, results []error, err error) {
+	for i, c := range calls {
+		if c.err = err; results != nil && results[i] != nil {
+			c.err = results[i]
 		}
 	}
 }
@@ -188,24 +185,4 @@ func fail(calls []*call, err error) {
 func (s *Store) run(fn func(readiness.Tx) error, t *tx) (err error) {
 	defer s.guard(&err, "write")
 	return fn(t)
-}
-
-// bolt runs a step of bbolt itself. A panic there may leave bbolt's locks held, so
-// nothing is asked of it afterwards.
-func (s *Store) bolt(doing string, step func() error) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = s.damaged(doing, fmt.Errorf("panic: %v", p))
-			s.setFailed(err)
-		}
-	}()
-	return step()
-}
-
-func (s *Store) setFailed(err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.failed == nil {
-		s.failed = fmt.Errorf("store %s was given up after an error, start accel again: %w", s.path, err)
-	}
 }

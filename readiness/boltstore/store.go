@@ -44,7 +44,8 @@ type Store struct {
 
 	mu     sync.Mutex
 	queue  []*call // updates that no leader has taken yet
-	failed error   // why nothing more can be trusted, nil while all is well
+	failed error   // why nothing may be written any more, nil while all is well
+	wedged bool    // bbolt panicked and may hold its locks for ever: not even reads
 	closed bool
 
 	lead chan struct{}  // holds one token while an update commits
@@ -195,9 +196,9 @@ func (s *Store) View(ctx context.Context, fn func(readiness.Tx) error) error {
 
 func (s *Store) view(ctx context.Context, fn func(readiness.Tx) error) (err error) {
 	defer s.guard(&err, "read")
-	bt, err := s.db.Begin(false)
+	bt, err := s.begin(false)
 	if err != nil {
-		return fmt.Errorf("read store %s: %w", s.path, err)
+		return err
 	}
 	defer bt.Rollback() //nolint:errcheck // of a read
 	return fn(&tx{ctx: ctx, bt: bt})
@@ -227,8 +228,11 @@ func (s *Store) Close() error {
 		return nil
 	}
 	s.busy.Wait()
-	if s.failure() != nil {
-		return nil // bbolt's locks may be held for ever; the process is about to end
+	s.mu.Lock()
+	wedged := s.wedged
+	s.mu.Unlock()
+	if wedged {
+		return nil // it would hang; the process is about to end
 	}
 	if err := s.db.Close(); err != nil {
 		return fmt.Errorf("close store %s: %w", s.path, err)
@@ -236,10 +240,45 @@ func (s *Store) Close() error {
 	return nil
 }
 
-func (s *Store) failure() error {
+// begin starts a transaction of bbolt unless the store has been given up.
+func (s *Store) begin(write bool) (bt *bbolt.Tx, err error) {
+	s.mu.Lock()
+	if s.wedged || (write && s.failed != nil) {
+		err = s.failed
+	}
+	s.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	err = s.bolt("use", func() (err error) {
+		bt, err = s.db.Begin(write)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("use store %s: %w", s.path, err)
+	}
+	return bt, nil
+}
+
+// bolt runs a step of bbolt itself. A panic there may leave bbolt's locks held, so
+// nothing is asked of it afterwards.
+func (s *Store) bolt(doing string, step func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = s.damaged(doing, fmt.Errorf("panic: %v", p))
+			s.giveUp(err, true)
+		}
+	}()
+	return step()
+}
+
+func (s *Store) giveUp(err error, wedged bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.failed
+	s.wedged = s.wedged || wedged
+	if s.failed == nil {
+		s.failed = fmt.Errorf("store %s was given up after an error, start accel again: %w", s.path, err)
+	}
 }
 
 // noSpace reports errors after which the file is as it was and a later commit may succeed.

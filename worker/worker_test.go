@@ -1,0 +1,469 @@
+package worker_test
+
+import (
+	"context"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"accel"
+	"accel/convert"
+	"accel/readiness"
+	"accel/registry"
+	"accel/trust"
+	"accel/worker"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/opencontainers/go-digest"
+)
+
+const (
+	ociManifest = string(types.OCIManifestSchema1)
+	ociIndex    = string(types.OCIImageIndex)
+)
+
+func TestPushBecomesReady(t *testing.T) {
+	b := newBed(t)
+	d := b.upload("team/app:v1", image(t, 1, "amd64"))
+	b.tell("team/app:v1", d, time.Now(), ociManifest)
+	rec := b.wait("team/app:v1", accel.Ready)
+
+	if got := b.standing("team/app", "v1-esgz"); got != rec.Target.Digest || !slices.Equal(rec.Target.Tags, []string{"v1-esgz"}) {
+		t.Errorf("target tag points to %s, record says %s with tags %v", got, rec.Target.Digest, rec.Target.Tags)
+	}
+	if got := b.standing("team/app", "v1"); got != d {
+		t.Errorf("source tag moved from %s to %s", d, got)
+	}
+	target, err := b.client.Pull(b.ctx, rec.Target.Repository, rec.Target.Digest)
+	must(t, err)
+	m, err := target.Image.Manifest()
+	must(t, err)
+	if m.Subject == nil || m.Subject.Digest.String() != d.String() {
+		t.Errorf("subject is %v, want %s", m.Subject, d)
+	}
+	if m.Annotations[accel.AnnotationSourceDigest] != d.String() || m.Annotations[accel.AnnotationSourceRepository] != rec.Repository {
+		t.Errorf("annotations %v do not name the source", m.Annotations)
+	}
+	source, err := b.client.Pull(b.ctx, rec.Repository, d)
+	must(t, err)
+	diffs, err := convert.Diff(b.ctx, source.Image, target.Image, convert.DiffOptions{})
+	must(t, err)
+	if len(diffs) > 0 {
+		t.Errorf("file trees differ: %v", diffs)
+	}
+	ours, err := b.tracker.Ours(b.ctx, rec.Repository, rec.Target.Digest)
+	must(t, err)
+	if !ours {
+		t.Error("the webhook of our own push would not be known")
+	}
+	if r := rec.Result; r.SourceBytes <= 0 || r.TargetBytes <= 0 || r.UncompressedBytes <= 0 || r.Total <= 0 || !slices.Equal(r.Platforms, []string{"linux/amd64"}) {
+		t.Errorf("result lacks figures: %+v", r)
+	}
+}
+
+func TestMappingIsSignedAndAttached(t *testing.T) {
+	b := newBed(t)
+	d := b.upload("team/app:v1", image(t, 1, "amd64"))
+	b.tell("team/app:v1", d, time.Now(), ociManifest)
+	rec := b.wait("team/app:v1", accel.Ready)
+
+	verifier, err := trust.NewVerifier(b.keys.Export())
+	must(t, err)
+	refs, err := b.client.Referrers(b.ctx, rec.Repository, d, accel.MediaTypeMapping)
+	must(t, err)
+	if len(refs) != 1 {
+		t.Fatalf("%d mappings refer to the source, want 1: %v", len(refs), refs)
+	}
+	stored, err := b.tracker.Mapping(b.ctx, "", d)
+	must(t, err)
+	for from, envelope := range map[string][]byte{"referrer": []byte(refs[0].Annotations[accel.AnnotationMapping]), "api": stored} {
+		m, err := verifier.Verify(b.ctx, envelope)
+		if err != nil {
+			t.Fatalf("%s: %v", from, err)
+		}
+		if m.SourceManifest != d || m.TargetManifest != rec.Target.Digest || m.TargetRepository != rec.Target.Repository || len(m.Layers) != 1 || m.Layers[0].TOCDigest == "" {
+			t.Errorf("%s: mapping %+v does not lead from %s to %s", from, m, d, rec.Target.Digest)
+		}
+	}
+	stranger, err := trust.CreateKeyring(t.TempDir())
+	must(t, err)
+	other, err := trust.NewVerifier(stranger.Export())
+	must(t, err)
+	if _, err := other.Verify(b.ctx, stored); err == nil {
+		t.Error("a stranger's key verifies the mapping")
+	}
+}
+
+func TestDuplicateAndReorderedEvents(t *testing.T) {
+	b := newBed(t)
+	older := b.upload("app:v1", image(t, 1, "amd64"))
+	newer := b.upload("app:v1", image(t, 2, "amd64"))
+	at := time.Now().Add(-time.Minute)
+	first := b.tell("app:v1", newer, at.Add(time.Second), ociManifest)
+	b.tell("app:v1", older, at, ociManifest) // late
+	if again := b.tell("app:v1", newer, at.Add(time.Second), ociManifest); again.ID != first.ID {
+		t.Errorf("a repeated event made record %s beside %s", again.ID, first.ID)
+	}
+	rec := b.wait("app:v1", accel.Ready)
+	if rec.Digest != newer {
+		t.Errorf("tag is ready as %s, want the newer %s", rec.Digest, newer)
+	}
+	if n := slices.Index(b.history(rec.ID), accel.Ready); n < 0 || slices.Contains(b.history(rec.ID)[n+1:], accel.Ready) {
+		t.Errorf("Ready not exactly once: %v", b.history(rec.ID))
+	}
+	s, err := b.tracker.Find(b.ctx, b.ref("app@"+older.String()))
+	must(t, err)
+	if s.State != accel.Superseded {
+		t.Errorf("the older push is %s, want Superseded", s.State)
+	}
+}
+
+func TestTagPushedAgainDuringConversion(t *testing.T) {
+	b := newBed(t)
+	reached, release := make(chan struct{}), make(chan struct{})
+	b.board.set(times(1, blobUpload, func(w http.ResponseWriter, r *http.Request, next http.Handler) bool {
+		close(reached)
+		select {
+		case <-release:
+		case <-r.Context().Done():
+		}
+		return false
+	}))
+	older := b.upload("app:v1", image(t, 1, "amd64"))
+	b.tell("app:v1", older, time.Now().Add(-time.Second), ociManifest)
+	<-reached
+	newer := b.upload("app:v1", image(t, 2, "amd64"))
+	b.tell("app:v1", newer, time.Now(), ociManifest)
+	rec := b.wait("app:v1", accel.Ready)
+	close(release)
+	if rec.Digest != newer {
+		t.Fatalf("ready as %s, want %s", rec.Digest, newer)
+	}
+	waited := b.wait("app@"+older.String(), accel.Ready) // follows the successor
+	if waited.ID != rec.ID {
+		t.Errorf("a waiter on the older digest got %s, want its successor %s", waited.ID, rec.ID)
+	}
+	b.stopWork()
+	if got := b.standing("app", "v1-esgz"); got != rec.Target.Digest {
+		t.Errorf("target tag went back to %s, want %s", got, rec.Target.Digest)
+	}
+	if h := b.history(func() string {
+		s, err := b.tracker.Find(b.ctx, b.ref("app@"+older.String()))
+		must(t, err)
+		return s.ID
+	}()); h[len(h)-1] != accel.Superseded {
+		t.Errorf("the older push went %v, want Superseded at the end", h)
+	}
+	puts := 0
+	for _, p := range b.board.manifestPuts() {
+		if strings.HasSuffix(p, "/manifests/v1-esgz") {
+			puts++
+		}
+	}
+	if puts != 1 {
+		t.Errorf("the target tag was written %d times, want once, by the newer push", puts)
+	}
+}
+
+func TestTwoTagsOneDigest(t *testing.T) {
+	b := newBed(t)
+	img := image(t, 1, "amd64")
+	d := b.upload("app:v1", img)
+	b.tell("app:v1", d, time.Now(), ociManifest)
+	rec := b.wait("app:v1", accel.Ready)
+	b.upload("app:latest", img)
+	if other := b.tell("app:latest", d, time.Now(), ociManifest); other.ID != rec.ID {
+		t.Errorf("second tag made record %s beside %s", other.ID, rec.ID)
+	}
+	b.wait("app:latest", accel.Ready)
+	b.eventually("the second target tag stands and is told", func() bool {
+		got, err := b.tracker.Get(b.ctx, rec.ID)
+		must(t, err)
+		return b.standing("app", "latest-esgz") == rec.Target.Digest && slices.Equal(got.Target.Tags, []string{"latest-esgz", "v1-esgz"})
+	})
+	if h := b.history(rec.ID); len(h) != 3 {
+		t.Errorf("converted again for a tag: %v", h)
+	}
+}
+
+func TestTagMovedBack(t *testing.T) {
+	b := newBed(t)
+	one, two := image(t, 1, "amd64"), image(t, 2, "amd64")
+	at := time.Now().Add(-time.Minute)
+	d1 := b.upload("app:v1", one)
+	b.tell("app:v1", d1, at, ociManifest)
+	first := b.wait("app:v1", accel.Ready)
+	d2 := b.upload("app:v1", two)
+	b.tell("app:v1", d2, at.Add(time.Second), ociManifest)
+	b.wait("app:v1", accel.Ready)
+	b.upload("app:v1", one)
+	b.tell("app:v1", d1, at.Add(2*time.Second), ociManifest)
+	b.eventually("the target tag follows back", func() bool { return b.standing("app", "v1-esgz") == first.Target.Digest })
+}
+
+func TestTargetGoneIsConvertedAgain(t *testing.T) {
+	b := newBed(t, func(_ *bed, ro *readiness.Options, _ *registry.Options, _ *worker.Options) {
+		ro.CheckInterval = 50 * time.Millisecond
+	})
+	d := b.upload("app:v1", image(t, 1, "amd64"))
+	b.tell("app:v1", d, time.Now(), ociManifest)
+	rec := b.wait("app:v1", accel.Ready)
+	must(t, b.client.Delete(b.ctx, rec.Target.Repository, rec.Target.Digest))
+	b.eventually("Stale, and Ready again", func() bool {
+		h := b.history(rec.ID)
+		i := slices.Index(h, accel.Stale)
+		return i > 0 && slices.Contains(h[i:], accel.Ready)
+	})
+	if got := b.standing("app", "v1-esgz"); got != rec.Target.Digest {
+		t.Errorf("converted again to %q, want the same digest %s", got, rec.Target.Digest)
+	}
+}
+
+func TestRegistryFaults(t *testing.T) {
+	any := func(*http.Request) bool { return true }
+	reset := func(w http.ResponseWriter, _ *http.Request, _ http.Handler) bool { panic(http.ErrAbortHandler) }
+	hang := func(_ http.ResponseWriter, r *http.Request, _ http.Handler) bool {
+		<-r.Context().Done()
+		return true
+	}
+	for name, f := range map[string]fault{
+		"401 in the middle":        times(1, blobGet, answer(http.StatusUnauthorized, "WWW-Authenticate", `Basic realm="again"`)),
+		"403 in the middle":        times(1, blobUpload, answer(http.StatusForbidden)),
+		"429 with Retry-After":     times(2, any, answer(http.StatusTooManyRequests, "Retry-After", "1")),
+		"500 for a while":          times(9, any, answer(http.StatusInternalServerError)),
+		"503 on manifests":         times(5, manifestPut, answer(http.StatusServiceUnavailable)),
+		"reset on download":        times(3, blobGet, reset),
+		"reset on upload":          times(3, blobUpload, reset),
+		"hang on download":         times(1, blobGet, hang),
+		"hang on manifest":         times(1, manifestPut, hang),
+		"404 of a manifest, early": times(1, func(r *http.Request) bool { return strings.Contains(r.URL.Path, "/manifests/") }, answer(http.StatusNotFound)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBed(t)
+			d := b.upload("app:v1", image(t, 1, "amd64"))
+			b.board.set(f)
+			if rec := b.tell("app@"+d.String(), d, time.Now(), ociIndex); rec.ID == "" {
+				t.Fatal("no record")
+			}
+			b.wait("app@"+d.String(), accel.Ready)
+		})
+	}
+}
+
+func TestPoisonedImageDoesNotStopOthers(t *testing.T) {
+	b := newBed(t)
+	bad := b.upload("bad:v1", poisoned(t))
+	b.tell("bad:v1", bad, time.Now(), ociManifest)
+	for i := range uint64(5) {
+		ref := "good:v" + string(rune('0'+i))
+		b.tell(ref, b.upload(ref, image(t, 10+i, "amd64")), time.Now(), ociManifest)
+	}
+	for i := range uint64(5) {
+		b.wait("good:v"+string(rune('0'+i)), accel.Ready)
+	}
+	if rec := b.wait("bad:v1", accel.Failed); rec.Reason == "" {
+		t.Error("Failed without a reason")
+	}
+}
+
+func TestIndexTakesItsChildrenAlong(t *testing.T) {
+	b := newBed(t)
+	amd, arm := image(t, 1, "amd64"), image(t, 2, "arm64")
+	idx := index(t, amd, arm)
+	d := b.upload("app:v1", idx)
+	// The children's events come first, as registries send them.
+	child := b.tell("app", digest.Digest(digestOf(t, amd)), time.Now(), ociManifest)
+	b.tell("app", digest.Digest(digestOf(t, arm)), time.Now(), ociManifest)
+	b.tell("app:v1", d, time.Now(), ociIndex)
+	rec := b.wait("app:v1", accel.Ready)
+	if !slices.Equal(rec.Result.Platforms, []string{"linux/amd64", "linux/arm64"}) {
+		t.Errorf("platforms %v", rec.Result.Platforms)
+	}
+	page, err := b.tracker.List(b.ctx, readiness.Filter{})
+	must(t, err)
+	if len(page.Records) != 1 {
+		t.Errorf("%d records, want the index's alone", len(page.Records))
+	}
+	got, err := b.tracker.Get(b.ctx, child.ID)
+	must(t, err)
+	if got.ID != rec.ID {
+		t.Errorf("the child's id leads to %s, want the index %s", got.ID, rec.ID)
+	}
+	for _, img := range []v1.Image{amd, arm} {
+		if _, err := b.tracker.Mapping(b.ctx, rec.Repository, digest.Digest(digestOf(t, img))); err != nil {
+			t.Errorf("platform %s has no mapping: %v", digestOf(t, img), err)
+		}
+	}
+}
+
+func TestUntaggedImageStandsAlone(t *testing.T) {
+	b := newBed(t)
+	img := image(t, 1, "amd64")
+	d := b.upload("app@"+digestOf(t, img), img)
+	b.tell("app", d, time.Now(), ociManifest)
+	rec := b.wait("app@"+d.String(), accel.Ready)
+	if len(rec.Target.Tags) != 1 || b.standing("app", rec.Target.Tags[0]) != rec.Target.Digest {
+		t.Errorf("an untagged image's target tags are %v", rec.Target.Tags)
+	}
+}
+
+func TestIntakeWithoutDigestIsResolved(t *testing.T) {
+	b := newBed(t)
+	d := b.upload("app:v1", image(t, 1, "amd64"))
+	row := b.tell("app:v1", "", time.Time{}, "")
+	rec := b.wait("app:v1", accel.Ready)
+	if rec.Digest != d {
+		t.Errorf("resolved to %s, want %s", rec.Digest, d)
+	}
+	if got, err := b.tracker.Get(b.ctx, row.ID); err != nil || got.ID != rec.ID {
+		t.Errorf("the intake row's id leads to %s, %v; want %s", got.ID, err, rec.ID)
+	}
+}
+
+func TestWhatIsNoImage(t *testing.T) {
+	b := newBed(t)
+	artifact := mutate.ConfigMediaType(image(t, 1, "amd64"), "application/vnd.example.chart.v1+json")
+	d := b.upload("chart:v1", artifact)
+	rec := b.tell("chart:v1", d, time.Now(), ociManifest)
+	b.eventually("an artifact's record is dropped", func() bool {
+		_, err := b.tracker.Get(b.ctx, rec.ID)
+		return err != nil
+	})
+	_, err := b.tracker.Push(b.ctx, accel.PushEvent{Source: accel.OriginAPI, Registry: b.host, Repository: "chart", Tag: "v1", Digest: d})
+	must(t, err)
+	if rec := b.wait("chart:v1", accel.Rejected); rec.Rule != "format.image" {
+		t.Errorf("rejected by %q", rec.Rule)
+	}
+}
+
+func TestOwnOutputIsDropped(t *testing.T) {
+	b := newBed(t)
+	d := b.upload("app:v1", image(t, 1, "amd64"))
+	b.tell("app:v1", d, time.Now(), ociManifest)
+	rec := b.wait("app:v1", accel.Ready)
+	own := b.tell("app:v1-esgz", rec.Target.Digest, time.Now(), ociManifest)
+	b.eventually("our own output's record is dropped", func() bool {
+		_, err := b.tracker.Get(b.ctx, own.ID)
+		return err != nil
+	})
+	if got := b.standing("app", "v1-esgz-esgz"); got != "" {
+		t.Error("our own output was converted again")
+	}
+}
+
+func TestPolicy(t *testing.T) {
+	for name, c := range map[string]struct {
+		set  func(*worker.Options)
+		rule string
+	}{
+		"deny":     {func(o *worker.Options) { o.Repositories.Deny = []string{"*/team/**"} }, "policy.deny"},
+		"allow":    {func(o *worker.Options) { o.Repositories.Allow = []string{"*/other/*"} }, "policy.allow"},
+		"platform": {func(o *worker.Options) { o.Converter.Policy.Platforms = []string{"linux/s390x"} }, "policy.platforms"},
+		"size":     {func(o *worker.Options) { o.Converter.Policy.MaxUncompressedBytes = 1000 }, "policy.max_uncompressed_size"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBed(t, func(_ *bed, _ *readiness.Options, _ *registry.Options, wo *worker.Options) {
+				wo.Converter = &convert.Converter{Params: convert.DefaultParams()}
+				c.set(wo)
+			})
+			d := b.upload("team/app:v1", image(t, 1, "amd64"))
+			b.tell("team/app:v1", d, time.Now(), ociManifest)
+			rec := b.wait("team/app:v1", accel.Rejected)
+			if rec.Rule != c.rule || rec.Reason == "" {
+				t.Errorf("rejected by %q: %q, want rule %q with the figure", rec.Rule, rec.Reason, c.rule)
+			}
+		})
+	}
+}
+
+func TestStoppedWorkerGivesBack(t *testing.T) {
+	b := newBed(t)
+	reached := make(chan struct{})
+	b.board.set(times(1, blobUpload, func(_ http.ResponseWriter, r *http.Request, _ http.Handler) bool {
+		close(reached)
+		<-r.Context().Done()
+		return true
+	}))
+	d := b.upload("app:v1", image(t, 1, "amd64"))
+	rec := b.tell("app:v1", d, time.Now(), ociManifest)
+	<-reached
+	b.stopWork()
+	got, err := b.tracker.Get(b.ctx, rec.ID)
+	must(t, err)
+	if got.State != accel.Pending || got.Attempts != 0 {
+		t.Fatalf("after the stop it is %s with %d attempts, want Pending with none", got.State, got.Attempts)
+	}
+	b.start()
+	b.wait("app:v1", accel.Ready)
+}
+
+func TestReconcileFindsLostPushes(t *testing.T) {
+	b := newBed(t)
+	b.upload("team/app:v1", image(t, 1, "amd64"))
+	b.upload("other/app:v1", image(t, 2, "amd64"))
+	ctx, cancel := context.WithCancel(b.ctx)
+	r := worker.NewReconciler(worker.ReconcileOptions{Tracker: b.tracker, Registry: b.client, Repositories: []string{b.host + "/team/*"}, Interval: 20 * time.Millisecond, Log: b.options.Log})
+	done := make(chan error, 1)
+	go func() { done <- r.Run(ctx) }()
+	rec := b.wait("team/app:v1", accel.Ready)
+	seen := len(b.history(rec.ID))
+	for range 3 { // passes over our own output and what is known
+		time.Sleep(30 * time.Millisecond)
+	}
+	cancel()
+	must(t, <-done)
+	page, err := b.tracker.List(b.ctx, readiness.Filter{})
+	must(t, err)
+	if len(page.Records) != 1 || len(b.history(rec.ID)) != seen {
+		t.Errorf("reconcile made %d records, want the one of the configured repositories: %v", len(page.Records), b.history(rec.ID))
+	}
+}
+
+func TestDeleteTargetAndGC(t *testing.T) {
+	b := newBed(t)
+	d := b.upload("app:v1", index(t, image(t, 1, "amd64"), image(t, 2, "arm64")))
+	b.tell("app:v1", d, time.Now(), ociIndex)
+	rec := b.wait("app:v1", accel.Ready)
+	l := worker.Lifecycle{Tracker: b.tracker, Registry: b.client}
+	orphans, err := l.GC(b.ctx, false)
+	must(t, err)
+	if len(orphans) != 0 {
+		t.Fatalf("nothing is orphaned, but: %v", orphans)
+	}
+	must(t, b.client.Delete(b.ctx, rec.Repository, d))
+	orphans, err = l.GC(b.ctx, true)
+	must(t, err)
+	if len(orphans) != 1 || orphans[0].Removed || b.standing("app", rec.Target.Digest.String()) == "" {
+		t.Fatalf("dry run: %+v", orphans)
+	}
+	orphans, err = l.GC(b.ctx, false)
+	must(t, err)
+	if len(orphans) != 1 || !orphans[0].Removed || orphans[0].Error != "" {
+		t.Fatalf("gc: %+v", orphans)
+	}
+	if b.standing("app", rec.Target.Digest.String()) != "" {
+		t.Error("the target is still there")
+	}
+	if _, err := b.tracker.Get(b.ctx, rec.ID); err == nil {
+		t.Error("the record is still there")
+	}
+}
+
+func TestSourceGoneTakesTheTargetAlong(t *testing.T) {
+	b := newBed(t, func(_ *bed, ro *readiness.Options, _ *registry.Options, wo *worker.Options) {
+		ro.CheckInterval, wo.DeleteTargets = 50*time.Millisecond, true
+	})
+	d := b.upload("app:v1", image(t, 1, "amd64"))
+	b.tell("app:v1", d, time.Now(), ociManifest)
+	rec := b.wait("app:v1", accel.Ready)
+	must(t, b.client.Delete(b.ctx, rec.Repository, d))
+	b.eventually("target and record are removed", func() bool {
+		_, err := b.tracker.Get(b.ctx, rec.ID)
+		return err != nil && b.standing("app", rec.Target.Digest.String()) == ""
+	})
+}
