@@ -144,7 +144,8 @@ func (c *change) push(p push) (Entry, error) {
 		}
 	}
 	if p.tag != "" && ptr.older(id, p.at) {
-		return e, c.late(was, &e, p, ptr)
+		err = c.late(was, &e, p, ptr)
+		return e, err
 	}
 
 	due := c.now

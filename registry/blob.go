@@ -9,6 +9,7 @@ import (
 	"hash"
 	"io"
 	"net/http"
+	"sync"
 
 	"accel"
 
@@ -28,7 +29,8 @@ type blob struct {
 
 // open starts the download. ErrNotFound when the registry does not have it.
 func (b blob) open(ctx context.Context) (io.ReadCloser, error) {
-	br := &blobReader{blob: b, ctx: ctx, hash: sha256.New(), budget: b.c.budget()}
+	ctx, cancel := context.WithCancel(ctx)
+	br := &blobReader{blob: b, ctx: ctx, cancel: cancel, hash: sha256.New(), budget: b.c.budget()}
 	for {
 		err := br.connect()
 		if err == nil && b.desc.Size == 0 {
@@ -41,6 +43,7 @@ func (b blob) open(ctx context.Context) (io.ReadCloser, error) {
 			return br, nil
 		}
 		if err := br.budget.again(ctx, err); err != nil {
+			cancel()
 			return nil, fmt.Errorf("blob %s@%s: %w", b.r, b.desc.Digest, err)
 		}
 	}
@@ -64,8 +67,11 @@ func (b blob) whole(ctx context.Context, limitBytes int64) ([]byte, error) {
 type blobReader struct {
 	blob
 	ctx    context.Context
+	cancel context.CancelFunc // ends a Read that hangs
 	hash   hash.Hash
 	budget *budget
+
+	mu sync.Mutex // held by Read and Close, which may come from two goroutines
 
 	body     io.ReadCloser // nil: to be connected
 	offset   int64         // bytes given to the caller
@@ -78,6 +84,8 @@ func (b *blobReader) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	for b.err == nil {
 		if b.offset == b.desc.Size {
 			b.err = io.EOF // checked with the last bytes; an empty blob, when it was opened
@@ -187,7 +195,11 @@ func (b *blobReader) disconnect() {
 	}
 }
 
+// Close ends the download. It may be called while a Read runs, and more than once.
 func (b *blobReader) Close() error {
+	b.cancel()
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	b.disconnect()
 	if b.err == nil {
 		b.err = fmt.Errorf("blob %s@%s: read after close", b.r, b.desc.Digest)

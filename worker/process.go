@@ -2,6 +2,7 @@ package worker
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -43,7 +44,9 @@ func (k *Worker) process(ctx context.Context, w readiness.Work) error {
 		return err
 	}
 	for _, tag := range w.Tags {
-		if _, err := observeTag(ctx, k.Tracker, k.Registry, w.Record, tag); err != nil {
+		// A registry may answer "not found" for a moment after a push. Whether a tag is
+		// gone is decided later, when the target tag is to be moved.
+		if _, err := observeTag(ctx, k.Tracker, k.Registry, w.Record, tag); err != nil && !errors.Is(err, accel.ErrNotFound) {
 			return err
 		}
 	}

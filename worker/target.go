@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"accel"
 	"accel/internal/keylock"
@@ -120,6 +121,9 @@ func (m *tagMover) moveOne(ctx context.Context, rec accel.Record, tag string, ta
 	defer unlock()
 
 	current, err := observeTag(ctx, m.tracker, m.registry, rec, tag)
+	if errors.Is(err, accel.ErrNotFound) {
+		return false, "", forgetTag(ctx, m.tracker, rec, tag)
+	}
 	if err != nil || !current {
 		return false, "", err
 	}
@@ -144,22 +148,27 @@ func (m *tagMover) moveOne(ctx context.Context, rec accel.Record, tag string, ta
 }
 
 // observeTag asks the registry whether tag still points at rec, and tells the
-// tracker where it does not.
+// tracker where it points to another digest. The error is an accel.ErrNotFound
+// where the tag is gone.
 func observeTag(ctx context.Context, tracker *readiness.Tracker, client *registry.Client, rec accel.Record, tag string) (current bool, err error) {
-	var d digest.Digest
+	asked := time.Now()
 	desc, err := client.Head(ctx, rec.Repository, tag)
-	switch {
-	case err == nil:
-		d = digest.Digest(desc.Digest.String())
-	case !errors.Is(err, accel.ErrNotFound):
+	if err != nil {
 		return false, fmt.Errorf("look at source tag %s:%s: %w", rec.Repository, tag, err)
 	}
+	d := digest.Digest(desc.Digest.String())
 	if d == rec.Digest {
 		return true, nil
 	}
-	_, err = tracker.Observe(ctx, rec.Repository, tag, d, string(desc.MediaType))
-	if errors.Is(err, accel.ErrNotFound) {
-		err = nil
-	}
+	_, err = tracker.ObserveAt(ctx, asked, rec.Repository, tag, d, string(desc.MediaType))
 	return false, err
+}
+
+// forgetTag tells the tracker that a tag is gone from the registry.
+func forgetTag(ctx context.Context, tracker *readiness.Tracker, rec accel.Record, tag string) error {
+	_, err := tracker.Observe(ctx, rec.Repository, tag, "", "")
+	if errors.Is(err, accel.ErrNotFound) {
+		return nil // known already
+	}
+	return err
 }

@@ -2,6 +2,7 @@ package worker_test
 
 import (
 	"context"
+	"io"
 	"net/http"
 	"slices"
 	"strings"
@@ -227,6 +228,7 @@ func TestRegistryFaults(t *testing.T) {
 	any := func(*http.Request) bool { return true }
 	reset := func(w http.ResponseWriter, _ *http.Request, _ http.Handler) bool { panic(http.ErrAbortHandler) }
 	hang := func(_ http.ResponseWriter, r *http.Request, _ http.Handler) bool {
+		io.Copy(io.Discard, r.Body) // a server notices that its client has gone only after the body
 		<-r.Context().Done()
 		return true
 	}
@@ -247,10 +249,8 @@ func TestRegistryFaults(t *testing.T) {
 			b := newBed(t)
 			d := b.upload("app:v1", image(t, 1, "amd64"))
 			b.board.set(f)
-			if rec := b.tell("app@"+d.String(), d, time.Now(), ociIndex); rec.ID == "" {
-				t.Fatal("no record")
-			}
-			b.wait("app@"+d.String(), accel.Ready)
+			b.tell("app:v1", d, time.Now(), ociManifest)
+			b.wait("app:v1", accel.Ready)
 		})
 	}
 }
@@ -386,6 +386,7 @@ func TestStoppedWorkerGivesBack(t *testing.T) {
 	reached := make(chan struct{})
 	b.board.set(times(1, blobUpload, func(_ http.ResponseWriter, r *http.Request, _ http.Handler) bool {
 		close(reached)
+		io.Copy(io.Discard, r.Body)
 		<-r.Context().Done()
 		return true
 	}))
