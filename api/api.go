@@ -77,7 +77,7 @@ func New(o Options) (http.Handler, error) {
 		return nil, fmt.Errorf("%w: no tokens are configured, so nobody could use the API; add tokens, or listen on loopback with an empty list", accel.ErrInvalid)
 	}
 	for _, t := range o.Tokens {
-		if err := t.validate(); err != nil {
+		if err := t.Validate(); err != nil {
 			return nil, err
 		}
 	}

@@ -36,7 +36,8 @@ func HashToken(text string) string {
 	return hex.EncodeToString(sum[:])
 }
 
-func (t Token) validate() error {
+// Validate says what is wrong with t.
+func (t Token) Validate() error {
 	if t.Scope != ScopeRead && t.Scope != ScopeWrite {
 		return fmt.Errorf("%w: token %q: scope %q: want read or write", accel.ErrInvalid, t.Name, t.Scope)
 	}

@@ -2,6 +2,7 @@ package convert
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -11,6 +12,7 @@ import (
 	"hash"
 	"io"
 	"os"
+	"strconv"
 
 	"github.com/containerd/stargz-snapshotter/estargz"
 	"github.com/klauspost/compress/gzip"
@@ -20,9 +22,13 @@ import (
 // maxFirstMemberBytes bounds what looksLikeEstargz inflates.
 const maxFirstMemberBytes = 8 << 20
 
-// maxTOCBytes bounds the compressed TOC of a layer that claims to have one: a
-// million entries take less.
-const maxTOCBytes = 128 << 20
+// Bounds of the TOC of a layer that claims to have one, as JSON. The stock
+// library has none of its own, and takes about 350 bytes of memory for each
+// entry, be it as short as "{}". Beyond them a layer is converted again.
+const (
+	maxTOCBytes   = 64 << 20
+	maxTOCEntries = 1 << 19
+)
 
 // looksLikeEstargz reports whether a blob that begins with head is worth a look
 // at its end: the first gzip member of an eStargz layer ends where the first
@@ -46,10 +52,17 @@ func looksLikeEstargz(head []byte) bool {
 // is to be converted.
 func (r *run) keep(ctx context.Context, j *job, f *os.File, sizeBytes int64) (memo *LayerMemo, err error) {
 	sr := io.NewSectionReader(f, 0, sizeBytes)
-	tocOffset, _, err := estargz.OpenFooter(sr)
-	if err != nil || tocOffset < 0 || tocOffset > sizeBytes || sizeBytes-tocOffset > maxTOCBytes {
+	tocOffset, ok := readFooter(sr)
+	if !ok || !bounded(sr, tocOffset) {
 		return nil, nil
 	}
+	// The stock library panics on some TOCs that nobody writes but to that end.
+	defer func() {
+		if p := recover(); p != nil {
+			r.Log.Info("a layer's TOC is malformed; the layer is converted", "layer", j.source, "error", p)
+			memo, err = nil, nil
+		}
+	}()
 	z, err := estargz.Open(sr)
 	if err != nil {
 		return nil, nil
@@ -79,6 +92,38 @@ func (r *run) keep(ctx context.Context, j *job, f *os.File, sizeBytes int64) (me
 		TOCDigest: want, TOCOffset: tocOffset,
 		UncompressedBytes: uncompressed, SourceUncompressedBytes: uncompressed,
 	}, nil
+}
+
+// readFooter finds the TOC as footer has it. The stock library's own function
+// would do, but for a footer that makes it panic.
+func readFooter(sr *io.SectionReader) (tocOffset int64, ok bool) {
+	b := make([]byte, estargz.FooterSize)
+	if _, err := sr.ReadAt(b, sr.Size()-int64(len(b))); err != nil {
+		return 0, false
+	}
+	tocOffset, err := strconv.ParseInt(string(b[footerHex:footerHex+16]), 16, 64)
+	return tocOffset, err == nil && tocOffset >= 0 && tocOffset < sr.Size() && bytes.Equal(b, footer(tocOffset))
+}
+
+// bounded reports whether the TOC is one that may be read into memory.
+func bounded(sr *io.SectionReader, tocOffset int64) bool {
+	zr, err := gzip.NewReader(bufio.NewReader(io.NewSectionReader(sr, tocOffset, sr.Size()-tocOffset)))
+	if err != nil {
+		return false
+	}
+	zr.Multistream(false)
+	entries, total := 0, 0
+	for b := make([]byte, 32<<10); ; {
+		n, err := zr.Read(b)
+		total += n
+		entries += bytes.Count(b[:n], []byte("{"))
+		if total > maxTOCBytes || entries > maxTOCEntries {
+			return false
+		}
+		if err != nil {
+			return errors.Is(err, io.EOF)
+		}
+	}
 }
 
 // compareTOC says in words where TOC and tar differ, or "".

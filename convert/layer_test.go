@@ -293,7 +293,7 @@ func TestRejected(t *testing.T) {
 
 // TestReproducible: the bytes depend on nothing but source and Params.
 func TestReproducible(t *testing.T) {
-	src := tarOf(append(manyFiles(400, 9000), file("big", text(3<<20, 9)), file("noise", noise(1<<20, 8)))...)
+	src := tarOf(append(manyFiles(120, 6000), file("big", text(400_000, 9)), file("noise", noise(300_000, 8)))...)
 	for _, level := range []int{1, 3, 6, 9} {
 		want := v1.Hash{}
 		for _, workers := range []int{1, 2, 8} {

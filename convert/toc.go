@@ -172,6 +172,10 @@ func (t *toc) write(ctx context.Context, c *Converter, b *blob, diffID hash.Hash
 	return w, err
 }
 
+// footerHex is where a footer has the offset: after gzip's header of 10 bytes,
+// the extra field's length and the subfield's name and length.
+const footerHex = 16
+
 // footer is the empty gzip member whose extra field says where the TOC is.
 func footer(tocOffset int64) []byte {
 	field := fmt.Sprintf("%016xSTARGZ", tocOffset)

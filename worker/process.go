@@ -225,7 +225,7 @@ func (k *Worker) publish(ctx context.Context, w readiness.Work, conv *convert.Re
 	res.Push = time.Since(pushing)
 
 	reading := time.Now()
-	if err := k.verify(ctx, w, conv, repository, out.digest); err != nil {
+	if err := k.verify(ctx, conv.Mappings, repository, out.digest); err != nil {
 		return out, fmt.Errorf("read back %s@%s: %w", repository, out.digest, err)
 	}
 	res.Verify = time.Since(reading)

@@ -1,0 +1,282 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"accel/api"
+	"accel/convert"
+	"accel/registry"
+	"accel/webhook"
+	"accel/worker"
+)
+
+// defaultData is where a service keeps all that it must not lose.
+const defaultData = "accel-data"
+
+// config is the service's configuration. Each key has a flag and an environment
+// variable too; `doc` is what docs/configuration.md says of it.
+type config struct {
+	Listen        string           `yaml:"listen" doc:"address of the API"`
+	Data          string           `yaml:"data" doc:"directory of the records and keys"`
+	Log           logConfig        `yaml:"log"`
+	Tokens        []tokenConfig    `yaml:"tokens" doc:"who may use the API: a list of {name, scope: read or write, sha256 or token_file}; an empty list is allowed on loopback only"`
+	Registries    []registryConfig `yaml:"registries" doc:"the allowlist: a list of {host, aliases, plain_http, ca_file, username, password_file, token_file}; without static credentials, docker's config.json, credential helpers and the clouds' keychains are asked"`
+	Webhooks      []webhookConfig  `yaml:"webhooks" doc:"senders of push events: a list of {name, kind, secret or secret_file, previous_secrets, registry, oidc: {issuer, audience, email}}"`
+	Policy        policyConfig     `yaml:"policy"`
+	Convert       convertConfig    `yaml:"convert"`
+	Target        targetConfig     `yaml:"target"`
+	Verify        string           `yaml:"verify" doc:"how a pushed image is checked before it is Ready, beyond reading it back: digest (nothing), sampled (a part of each layer's file tree), full (all of it)"`
+	Readiness     readinessConfig  `yaml:"readiness"`
+	Reconcile     reconcileConfig  `yaml:"reconcile"`
+	SourceDeleted string           `yaml:"source_deleted" doc:"what becomes of a converted image whose source is gone: keep or delete-target"`
+	Keys          keysConfig       `yaml:"keys"`
+}
+
+type logConfig struct {
+	Level  string `yaml:"level" doc:"debug, info, warn or error"`
+	Format string `yaml:"format" doc:"text or json"`
+}
+
+type tokenConfig struct {
+	Name      string `yaml:"name"`
+	Scope     string `yaml:"scope"`
+	SHA256    string `yaml:"sha256"`
+	TokenFile string `yaml:"token_file"`
+}
+
+type registryConfig struct {
+	Host         string   `yaml:"host"`
+	Aliases      []string `yaml:"aliases"`
+	PlainHTTP    bool     `yaml:"plain_http"`
+	CAFile       string   `yaml:"ca_file"`
+	Username     string   `yaml:"username"`
+	PasswordFile string   `yaml:"password_file"`
+	TokenFile    string   `yaml:"token_file"`
+}
+
+type webhookConfig struct {
+	webhook.Config `yaml:",inline"`
+	SecretFile     string `yaml:"secret_file"`
+}
+
+type policyConfig struct {
+	Platforms           []string `yaml:"platforms" doc:"platforms to convert, such as [linux/amd64]; empty: all"`
+	MaxUncompressedSize size     `yaml:"max_uncompressed_size" doc:"largest image, uncompressed, for each platform"`
+	Allow               []string `yaml:"allow" doc:"globs of repositories (host/path) to convert; a trailing /** means everything below; empty: all"`
+	Deny                []string `yaml:"deny" doc:"globs of repositories not to convert; wins over allow"`
+}
+
+type convertConfig struct {
+	ChunkSize   size   `yaml:"chunk_size" doc:"uncompressed bytes that are fetched at a time when a lazy start misses"`
+	Level       int    `yaml:"level" doc:"gzip level, 1 to 9"`
+	Concurrency int    `yaml:"concurrency" doc:"images converted at a time"`
+	Workers     int    `yaml:"workers" doc:"compressing threads; 0: one for each core"`
+	TempDir     string `yaml:"temp_dir" doc:"where converted layers wait for their upload; default: below data"`
+}
+
+type targetConfig struct {
+	Repository string `yaml:"repository" doc:"where converted images go: {repository}, {registry} and {path} stand for the source's"`
+	Tag        string `yaml:"tag" doc:"target tag; {tag} stands for the source's"`
+}
+
+type readinessConfig struct {
+	Lease         time.Duration `yaml:"lease" doc:"how long a worker that died keeps its image"`
+	ChildHold     time.Duration `yaml:"child_hold" doc:"how long a manifest pushed without a tag waits for an index that names it"`
+	CheckInterval time.Duration `yaml:"check_interval" doc:"how often a Ready target is looked at"`
+	MaxAttempts   int           `yaml:"max_attempts" doc:"conversions begun before an image has Failed for good"`
+	BackoffMin    time.Duration `yaml:"backoff_min" doc:"shortest pause before the next try"`
+	BackoffMax    time.Duration `yaml:"backoff_max" doc:"longest pause before the next try"`
+}
+
+type reconcileConfig struct {
+	Repositories []string      `yaml:"repositories" doc:"repositories (host/path, or globs over the catalog) that are searched for pushes whose webhook was lost"`
+	Interval     time.Duration `yaml:"interval" doc:"time between two searches"`
+}
+
+type keysConfig struct {
+	Dir string `yaml:"dir" doc:"directory of the signing keys; default: below data"`
+}
+
+func defaultConfig() config {
+	p := convert.DefaultParams()
+	return config{
+		Listen: "127.0.0.1:8080", Data: defaultData, Log: logConfig{"info", "text"},
+		Policy:        policyConfig{MaxUncompressedSize: convert.DefaultMaxUncompressedBytes},
+		Convert:       convertConfig{ChunkSize: size(p.ChunkBytes), Level: p.Level, Concurrency: 2},
+		Target:        targetConfig{"{repository}", "{tag}-esgz"},
+		Verify:        string(worker.VerifySampled),
+		Readiness:     readinessConfig{30 * time.Second, 10 * time.Second, time.Hour, 8, 2 * time.Second, 10 * time.Minute},
+		Reconcile:     reconcileConfig{Interval: 5 * time.Minute},
+		SourceDeleted: "keep",
+	}
+}
+
+// finish fills in what follows from other keys and checks what can be checked
+// without a network. Each error names the key and says what to do.
+func (c *config) finish() error {
+	if c.Convert.TempDir == "" {
+		c.Convert.TempDir = filepath.Join(c.Data, "tmp")
+	}
+	if c.Keys.Dir == "" {
+		c.Keys.Dir = filepath.Join(c.Data, "keys")
+	}
+	var errs []error
+	check := func(ok bool, format string, args ...any) {
+		if !ok {
+			errs = append(errs, fmt.Errorf(format, args...))
+		}
+	}
+	host, _, err := net.SplitHostPort(c.Listen)
+	check(err == nil, "listen %q: want HOST:PORT", c.Listen)
+	check(err != nil || len(c.Tokens) > 0 || isLoopback(host), "tokens: listen %q can be reached from elsewhere, so at least one token is needed", c.Listen)
+	check(c.SourceDeleted == "keep" || c.SourceDeleted == "delete-target", "source_deleted %q: want keep or delete-target", c.SourceDeleted)
+	check(c.Log.Format == "text" || c.Log.Format == "json", "log.format %q: want text or json", c.Log.Format)
+	check(new(slog.LevelVar).UnmarshalText([]byte(c.Log.Level)) == nil, "log.level %q: want debug, info, warn or error", c.Log.Level)
+	check(c.Convert.Level >= 1 && c.Convert.Level <= 9, "convert.level %d: want 1 to 9", c.Convert.Level)
+	check(c.Convert.ChunkSize >= 16<<10 && c.Convert.ChunkSize <= 16<<20, "convert.chunk_size %d: want 16KiB to 16MiB", c.Convert.ChunkSize)
+	check(c.Convert.Concurrency >= 1, "convert.concurrency %d: want at least 1", c.Convert.Concurrency)
+	check(c.Policy.MaxUncompressedSize > 0, "policy.max_uncompressed_size %d: must be positive", c.Policy.MaxUncompressedSize)
+	for name, d := range map[string]time.Duration{
+		"readiness.lease": c.Readiness.Lease, "readiness.child_hold": c.Readiness.ChildHold, "readiness.check_interval": c.Readiness.CheckInterval,
+		"readiness.backoff_min": c.Readiness.BackoffMin, "readiness.backoff_max": c.Readiness.BackoffMax, "reconcile.interval": c.Reconcile.Interval,
+	} {
+		check(d > 0, "%s %s: must be positive", name, d)
+	}
+	check(c.Readiness.BackoffMin <= c.Readiness.BackoffMax, "readiness.backoff_min %s is longer than readiness.backoff_max %s", c.Readiness.BackoffMin, c.Readiness.BackoffMax)
+	_, err = c.apiTokens()
+	errs = append(errs, err)
+	_, err = c.hosts()
+	errs = append(errs, err)
+	_, err = c.sources()
+	errs = append(errs, err)
+	return errors.Join(errs...)
+}
+
+func isLoopback(host string) bool {
+	if host == "localhost" {
+		return true
+	}
+	ip := net.ParseIP(host)
+	return ip != nil && ip.IsLoopback()
+}
+
+func (c *config) apiTokens() ([]api.Token, error) {
+	var tokens []api.Token
+	for i, t := range c.Tokens {
+		hash := t.SHA256
+		if t.TokenFile != "" {
+			text, err := readSecret(t.TokenFile)
+			if err != nil {
+				return nil, fmt.Errorf("tokens[%d].token_file: %w", i, err)
+			}
+			hash = api.HashToken(text)
+		}
+		tokens = append(tokens, api.Token{Name: t.Name, Scope: api.Scope(t.Scope), SHA256: hash})
+		if err := tokens[i].Validate(); err != nil {
+			return nil, fmt.Errorf("tokens[%d]: %w", i, err)
+		}
+	}
+	return tokens, nil
+}
+
+func (c *config) hosts() ([]registry.Host, error) {
+	var hosts []registry.Host
+	for i, r := range c.Registries {
+		h := registry.Host{Name: r.Host, Aliases: r.Aliases, PlainHTTP: r.PlainHTTP, CAFile: r.CAFile, Username: r.Username}
+		for key, f := range map[string]struct {
+			path string
+			into *string
+		}{"password_file": {r.PasswordFile, &h.Password}, "token_file": {r.TokenFile, &h.Token}} {
+			if f.path == "" {
+				continue
+			}
+			text, err := readSecret(f.path)
+			if err != nil {
+				return nil, fmt.Errorf("registries[%d].%s: %w", i, key, err)
+			}
+			*f.into = text
+		}
+		hosts = append(hosts, h)
+	}
+	client, err := registry.New(registry.Options{Hosts: hosts})
+	if err != nil {
+		return nil, fmt.Errorf("registries: %w", err)
+	}
+	client.Close()
+	return hosts, nil
+}
+
+func (c *config) sources() ([]*webhook.Source, error) {
+	var sources []*webhook.Source
+	names := map[string]bool{}
+	for i, w := range c.Webhooks {
+		conf := w.Config
+		if w.SecretFile != "" {
+			text, err := readSecret(w.SecretFile)
+			if err != nil {
+				return nil, fmt.Errorf("webhooks[%d].secret_file: %w", i, err)
+			}
+			conf.Secret = text
+		}
+		s, err := webhook.New(conf)
+		if err != nil {
+			return nil, fmt.Errorf("webhooks[%d]: %w", i, err)
+		}
+		if names[s.Name()] {
+			return nil, fmt.Errorf("webhooks[%d].name %q is used twice; give each source of one kind its own name", i, s.Name())
+		}
+		names[s.Name()] = true
+		sources = append(sources, s)
+	}
+	return sources, nil
+}
+
+
+// size is a number of bytes, written as 10GB, 512MiB or plain.
+type size int64
+
+var sizeUnits = []struct {
+	suffix string
+	bytes  float64
+}{
+	{"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}, {"TiB", 1 << 40},
+	{"kB", 1e3}, {"KB", 1e3}, {"MB", 1e6}, {"GB", 1e9}, {"TB", 1e12}, {"B", 1},
+}
+
+// UnmarshalText reads "10GB".
+func (s *size) UnmarshalText(text []byte) error {
+	t := strings.TrimSpace(string(text))
+	factor := 1.0
+	for _, u := range sizeUnits {
+		if n, ok := strings.CutSuffix(t, u.suffix); ok {
+			t, factor = strings.TrimSpace(n), u.bytes
+			break
+		}
+	}
+	n, err := strconv.ParseFloat(t, 64)
+	if err != nil || n < 0 || n*factor > 1<<62 {
+		return fmt.Errorf("size %q: want a number of bytes, such as 10GB or 512MiB", text)
+	}
+	*s = size(n * factor)
+	return nil
+}
+
+func (s size) String() string {
+	for _, u := range []struct {
+		suffix string
+		bytes  size
+	}{{"GB", 1e9}, {"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}} {
+		if s >= u.bytes && s%u.bytes == 0 {
+			return strconv.FormatInt(int64(s/u.bytes), 10) + u.suffix
+		}
+	}
+	return strconv.FormatInt(int64(s), 10)
+}
