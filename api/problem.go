@@ -30,6 +30,16 @@ var problems = []struct {
 	{accel.ErrConflict, "conflict", http.StatusConflict},
 }
 
+// isOurs reports whether err is one of accel's errors.
+func isOurs(err error) bool {
+	for _, p := range problems {
+		if errors.Is(err, p.err) {
+			return true
+		}
+	}
+	return false
+}
+
 // problem is err as the answer to a request. What is no error of accel's is the
 // server's own fault; its words go to the log, not to the caller.
 func (s *server) problem(err error) huma.StatusError {

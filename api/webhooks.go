@@ -30,6 +30,7 @@ func (in *webhookInput) Resolve(ctx huma.Context) []error {
 // plainWebhookInput is webhookInput without a secret in the path.
 type plainWebhookInput struct {
 	Source  string `path:"source" doc:"name or kind of a configured source" maxLength:"100"`
+	Secret  string `query:"secret" doc:"for registries that can only be given an URL with a query" maxLength:"500"`
 	RawBody []byte `contentType:"application/json"`
 	header  http.Header
 }
@@ -70,10 +71,11 @@ func (s *server) webhookRoutes(routes huma.API) {
 		Summary:       "Take a registry's push event in",
 		Description:   "Answers 202 once the event is durable, and 200 when it is about no image push. The sender authenticates in its registry's own way.",
 		DefaultStatus: http.StatusAccepted, MaxBodyBytes: s.MaxBodyBytes,
-		Errors: []int{400, 401, 403, 404, 413},
+		SkipValidateBody: true, // each registry has its own shape and media type; Decode judges it
+		Errors:           []int{400, 401, 403, 404, 413, 503},
 	}
 	huma.Register(routes, op, func(ctx context.Context, in *plainWebhookInput) (*webhookOutput, error) {
-		return s.receive(ctx, in.Source, "", in.header, in.RawBody)
+		return s.receive(ctx, in.Source, in.Secret, in.header, in.RawBody)
 	})
 	op.OperationID, op.Path, op.Summary = "receive-webhook-with-secret", "/v1/webhooks/{source}/{secret}", "Take a push event in, with the secret in the path"
 	huma.Register(routes, op, func(ctx context.Context, in *webhookInput) (*webhookOutput, error) {
@@ -89,6 +91,11 @@ func (s *server) receive(ctx context.Context, name, secret string, header http.H
 			label = name
 		}
 		s.metrics.intake.WithLabelValues(label, "refused").Inc()
+		if !isOurs(err) {
+			// The sender could not be told from an impostor just now: it should try again.
+			s.Log.Warn("cannot authenticate a webhook", "source", label, "error", err)
+			return nil, huma.Error503ServiceUnavailable("the sender's credential cannot be checked right now")
+		}
 		return nil, s.problem(err)
 	}
 	out, result, err := s.takeIn(ctx, source, header, body)

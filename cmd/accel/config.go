@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -238,7 +237,6 @@ func (c *config) sources() ([]*webhook.Source, error) {
 	}
 	return sources, nil
 }
-
 
 // size is a number of bytes, written as 10GB, 512MiB or plain.
 type size int64

@@ -4,6 +4,8 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"io"
+	"log/slog"
 	"net/http"
 	"time"
 
@@ -16,13 +18,16 @@ import (
 // newEmbeddedRegistry makes distribution's own registry over a directory. It
 // tells hook of each push, with secret as the Authorization header. What it has
 // not told when the process dies is found by the reconcile.
-func newEmbeddedRegistry(ctx context.Context, dir, hook, secret string) (app *handlers.App, err error) {
+func newEmbeddedRegistry(ctx context.Context, dir, hook, secret string, log *slog.Logger) (app *handlers.App, err error) {
 	defer func() {
 		if p := recover(); p != nil { // distribution panics on what it cannot use
 			err = fmt.Errorf("embedded registry over %s: %v", dir, p)
 		}
 	}()
-	logrus.SetLevel(logrus.ErrorLevel) // distribution logs by the global logger
+	// distribution logs by a global logger, and each "not found" as an error.
+	logrus.SetOutput(io.Discard)
+	logrus.SetLevel(logrus.ErrorLevel)
+	logrus.AddHook(forward{log})
 	c := &configuration.Configuration{
 		Version: "0.1",
 		Storage: configuration.Storage{
@@ -41,4 +46,21 @@ func newEmbeddedRegistry(ctx context.Context, dir, hook, secret string) (app *ha
 	c.HTTP.Secret = rand.Text()
 	// The app's own context must outlive ctx: it is stopped by Shutdown.
 	return handlers.NewApp(context.WithoutCancel(ctx), c), nil
+}
+
+// forward gives the registry's errors to our log: answers to clients as debug,
+// everything else as warnings.
+type forward struct{ log *slog.Logger }
+
+// Levels implements logrus.Hook.
+func (forward) Levels() []logrus.Level { return []logrus.Level{logrus.ErrorLevel} }
+
+// Fire implements logrus.Hook.
+func (f forward) Fire(e *logrus.Entry) error {
+	level := slog.LevelWarn
+	if _, answered := e.Data["http.response.status"]; answered {
+		level = slog.LevelDebug
+	}
+	f.log.Log(context.Background(), level, "embedded registry: "+e.Message, "error", e.Data[logrus.ErrorKey], "detail", e.Data["err.detail"])
+	return nil
 }

@@ -43,16 +43,19 @@ docs/configuration.md.`,
 			return nil
 		}
 		log := newLogger(conf.Log, cmd.ErrOrStderr())
-		listener, err := listen(cmd, "--listen", conf.Listen)
+		s, err := openService(conf, log)
 		if err != nil {
 			return err
 		}
-		s, err := newService(conf, log, listener, nil, nil)
-		if err != nil {
-			return errors.Join(err, listener.Close())
+		listener, err := listen(cmd, "--listen", conf.Listen)
+		if err == nil {
+			err = s.wire(nil, nil)
 		}
-		log.Info("serving", "api", "http://"+listener.Addr().String(), "data", conf.Data, "registries", len(conf.Registries), "webhooks", len(conf.Webhooks))
-		return s.run(cmd.Context())
+		if err == nil {
+			log.Info("serving", "api", "http://"+listener.Addr().String(), "data", conf.Data, "registries", len(conf.Registries), "webhooks", len(conf.Webhooks))
+			err = s.run(cmd.Context(), listener)
+		}
+		return errors.Join(err, s.close())
 	}
 	return cmd
 }

@@ -4,12 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
-	"strings"
+	"time"
 
 	"accel"
 	"accel/api"
@@ -22,178 +23,218 @@ import (
 	"accel/worker"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
 )
 
-// service is what up and serve have in common. It is made in two steps, because
-// up must listen, to know its own addresses, before the second; and before it
-// listens it must know that the data directory is its own.
+// drainTime is how long running requests may take after a stop was asked for.
+const drainTime = 20 * time.Second
+
+// service is the wiring that `up` and `serve` share. It is made in two steps:
+// the data directory is taken first, before anything listens, and `up` must
+// listen before it knows the name of its own registry.
 type service struct {
-	*settings
+	conf    config
 	log     *slog.Logger
 	store   *boltstore.Store
-	keys    *trust.Keyring
 	tracker *readiness.Tracker
+	keys    *trust.Keyring
 
-	client      *registry.Client
-	worker      *worker.Worker
-	reconcilers []*worker.Reconciler
-	handler     http.Handler
-	draining    context.Context // done when the service is about to stop
-	drain       context.CancelFunc
+	client     *registry.Client
+	handler    http.Handler
+	worker     *worker.Worker
+	reconciler *worker.Reconciler
+	drain      context.CancelFunc
 }
 
-// openService takes the data directory. The caller closes the service.
-func openService(ctx context.Context, s *settings, log *slog.Logger) (*service, error) {
-	store, err := boltstore.Open(s.storeFile())
+func newLogger(c logConfig, out io.Writer) *slog.Logger {
+	var level slog.LevelVar
+	if err := level.UnmarshalText([]byte(c.Level)); err != nil {
+		level.Set(slog.LevelInfo) // finish has said so
+	}
+	o := &slog.HandlerOptions{Level: &level}
+	if c.Format == "json" {
+		return slog.New(slog.NewJSONHandler(out, o))
+	}
+	return slog.New(slog.NewTextHandler(out, o))
+}
+
+// openService takes the data directory. The caller runs or closes the service.
+func openService(conf config, log *slog.Logger) (*service, error) {
+	s := &service{conf: conf, log: log, drain: func() {}}
+	var err error
+	s.store, err = boltstore.Open(filepath.Join(conf.Data, "readiness.db"))
 	if errors.Is(err, boltstore.ErrLocked) {
-		return nil, fmt.Errorf("data directory %s is in use by another accel process; stop that one, or take another directory with --data", s.Data)
+		return nil, fmt.Errorf("data directory %s is in use by another accel; stop that one, or choose another directory with --data", conf.Data)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("open data directory %s: %w", s.Data, err)
+		return nil, fmt.Errorf("data directory %s: %w", conf.Data, err)
 	}
-	v := &service{settings: s, log: log, store: store}
-	v.draining, v.drain = context.WithCancel(context.WithoutCancel(ctx))
-	if err := v.openRest(ctx); err != nil {
-		v.close()
-		return nil, err
+	if err := os.MkdirAll(conf.Convert.TempDir, 0o700); err != nil {
+		return nil, errors.Join(err, s.store.Close())
 	}
-	return v, nil
+	if s.keys, err = trust.CreateKeyring(conf.Keys.Dir); err != nil {
+		return nil, errors.Join(fmt.Errorf("signing keys: %w", err), s.store.Close())
+	}
+	return s, nil
 }
 
-func (v *service) openRest(ctx context.Context) (err error) {
-	if err := v.prepareTempDir(); err != nil {
-		return err
+// params are the conversion parameters that the configuration asks for.
+func (c *config) params() convert.Params {
+	return convert.Params{ChunkBytes: int64(c.Convert.ChunkSize), Level: c.Convert.Level}
+}
+
+// wire makes all parts; nothing runs yet. hosts and sources come beside the
+// configuration's.
+func (s *service) wire(hosts []registry.Host, sources []*webhook.Source) error {
+	conf := &s.conf
+	configured, err := conf.hosts()
+	if err != nil {
+		return usage(err)
 	}
-	if v.keys, err = trust.CreateKeyring(v.keysDir()); err != nil {
-		return fmt.Errorf("keys in %s: %w", v.keysDir(), err)
+	senders, err := conf.sources()
+	if err != nil {
+		return usage(err)
 	}
-	r := v.Readiness
-	v.tracker = readiness.New(v.store, readiness.Options{
-		Params: v.params().Fingerprint(), LeaseTime: r.Lease, ChildHold: r.ChildHold, CheckInterval: r.CheckInterval,
-		MaxAttempts: r.MaxAttempts, BackoffMin: r.BackoffMin, BackoffMax: r.BackoffMax,
+	tokens, err := conf.apiTokens()
+	if err != nil {
+		return usage(err)
+	}
+	if s.client, err = registry.New(registry.Options{Hosts: append(configured, hosts...), Keychain: registry.DefaultKeychain()}); err != nil {
+		return usage(err)
+	}
+	s.tracker = readiness.New(s.store, readiness.Options{
+		Params: conf.params().Fingerprint(), LeaseTime: conf.Readiness.Lease, ChildHold: conf.Readiness.ChildHold, CheckInterval: conf.Readiness.CheckInterval,
+		MaxAttempts: conf.Readiness.MaxAttempts, BackoffMin: conf.Readiness.BackoffMin, BackoffMax: conf.Readiness.BackoffMax,
 	})
-	// The store is ours alone: whoever held a lease is dead.
-	n, err := v.tracker.ExpireLeases(ctx)
-	if err != nil {
-		return fmt.Errorf("take up the work of the last run: %w", err)
-	}
-	if n > 0 {
-		v.log.Info("taking up what the last run left unfinished", "images", n)
-	}
-	return nil
-}
-
-// prepareTempDir makes the default one and empties it of what a crash left.
-func (v *service) prepareTempDir() error {
-	dir := v.tempDir()
-	if v.Convert.TempDir == "" {
-		if err := os.RemoveAll(dir); err != nil {
-			return fmt.Errorf("empty the directory for temporary files: %w", err)
-		}
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return fmt.Errorf("make the directory for temporary files: %w", err)
-		}
-	}
-	return nil
-}
-
-func (v *service) params() convert.Params {
-	p := convert.DefaultParams()
-	p.ChunkBytes, p.Level = int64(v.Convert.ChunkBytes), v.Convert.Level
-	return p
-}
-
-// lifecycle is worker's in the API's terms.
-type lifecycle struct{ worker.Lifecycle }
-
-func (l lifecycle) GC(ctx context.Context, dryRun bool) ([]api.Orphan, error) {
-	found, err := l.Lifecycle.GC(ctx, dryRun)
-	out := make([]api.Orphan, 0, len(found))
-	for _, o := range found {
-		out = append(out, api.Orphan(o))
-	}
-	return out, err
-}
-
-// own is what a service brings along beside its configuration: up's embedded
-// registry.
-type own struct {
-	hosts       []registry.Host
-	webhooks    []*webhook.Source
-	reconcilers []worker.ReconcileOptions // Tracker, Registry and Log are filled in
-}
-
-// assemble makes all parts; it starts none.
-func (v *service) assemble(o own) (err error) {
-	v.client, err = registry.New(registry.Options{Hosts: append(o.hosts, v.hosts...), Keychain: registry.DefaultKeychain()})
-	if err != nil {
-		return err
-	}
 	metrics := prometheus.NewRegistry()
-	if v.worker, err = v.newWorker(metrics); err != nil {
-		return err
+	s.worker, err = worker.New(worker.Options{
+		Tracker: s.tracker, Registry: s.client, Keys: s.keys, Log: s.log, Registerer: metrics,
+		Converter: &convert.Converter{
+			Params: conf.params(), TempDir: conf.Convert.TempDir, Workers: conf.Convert.Workers, Log: s.log,
+			Policy: convert.Policy{Platforms: conf.Policy.Platforms, MaxUncompressedBytes: int64(conf.Policy.MaxUncompressedSize)},
+		},
+		Target:       worker.Target{Repository: conf.Target.Repository, Tag: conf.Target.Tag},
+		Repositories: worker.RepositoryPolicy{Allow: conf.Policy.Allow, Deny: conf.Policy.Deny},
+		Verify:       worker.VerifyMode(conf.Verify), Concurrency: conf.Convert.Concurrency, LeaseTime: conf.Readiness.Lease,
+		DeleteTargets: conf.SourceDeleted == "delete-target",
+	})
+	if err != nil {
+		return usage(err)
 	}
-	if r := v.Reconcile; len(r.Repositories) > 0 {
-		o.reconcilers = append(o.reconcilers, worker.ReconcileOptions{Repositories: r.Repositories, Interval: r.Interval})
-	}
-	for _, r := range o.reconcilers {
-		for _, pattern := range r.Repositories {
-			host, _, _ := strings.Cut(pattern, "/")
-			if _, err := v.client.Canonical(host); err != nil {
-				return withCode(exitUsage, fmt.Errorf("reconcile.repositories %q: %w", pattern, err))
-			}
-		}
-		r.Tracker, r.Registry, r.Log = v.tracker, v.client, v.log
-		v.reconcilers = append(v.reconcilers, worker.NewReconciler(r))
-	}
-	v.handler, err = api.New(api.Options{
-		Tracker: v.tracker, Webhooks: append(o.webhooks, v.webhooks...), Canonical: v.client.Canonical, Keys: v.keys,
-		Lifecycle: lifecycle{worker.Lifecycle{Tracker: v.tracker, Registry: v.client}},
-		Tokens:    v.tokens, Open: len(v.tokens) == 0, Ready: storeReady(v.tracker), Draining: v.draining,
-		Metrics: metrics, Version: thisBuild().Version, Log: v.log,
+	s.reconciler = worker.NewReconciler(worker.ReconcileOptions{
+		Tracker: s.tracker, Registry: s.client, Repositories: conf.Reconcile.Repositories, Interval: conf.Reconcile.Interval, Log: s.log,
+	})
+	draining, drain := context.WithCancel(context.Background())
+	s.drain = drain
+	s.handler, err = api.New(api.Options{
+		Tracker: s.tracker, Webhooks: append(senders, sources...), Canonical: s.client.Canonical, Keys: s.keys,
+		Lifecycle: lifecycle{worker.Lifecycle{Tracker: s.tracker, Registry: s.client}},
+		Tokens:    tokens, Open: len(tokens) == 0, Draining: draining, Metrics: metrics, Version: version(), Log: s.log,
 	})
 	return err
 }
 
-func (v *service) newWorker(metrics prometheus.Registerer) (*worker.Worker, error) {
-	return worker.New(worker.Options{
-		Tracker: v.tracker, Registry: v.client, Keys: v.keys,
-		Converter: &convert.Converter{
-			Params:  v.params(),
-			Policy:  convert.Policy{Platforms: v.Policy.Platforms, MaxUncompressedBytes: int64(v.Policy.MaxUncompressedBytes)},
-			TempDir: v.tempDir(), Workers: v.Convert.Workers, Log: v.log,
-		},
-		Target:       worker.Target{Repository: v.Target.Repository, Tag: v.Target.Tag},
-		Repositories: worker.RepositoryPolicy{Allow: v.Policy.Allow, Deny: v.Policy.Deny},
-		Verify:       worker.VerifyMode(v.Verify), Concurrency: v.Convert.Concurrency, LeaseTime: v.Readiness.Lease,
-		DeleteTargets: v.SourceDeleted == sourceDeleteTarget, Log: v.log, Registerer: metrics,
+// lifecycle gives the worker's orphans to the API in its own words.
+type lifecycle struct{ worker.Lifecycle }
+
+// GC implements api.Lifecycle.
+func (l lifecycle) GC(ctx context.Context, dryRun bool) ([]api.Orphan, error) {
+	found, err := l.Lifecycle.GC(ctx, dryRun)
+	orphans := make([]api.Orphan, 0, len(found))
+	for _, o := range found {
+		orphans = append(orphans, api.Orphan(o))
+	}
+	return orphans, err
+}
+
+func (s *service) close() error {
+	s.drain()
+	if s.client != nil {
+		s.client.Close()
+	}
+	return s.store.Close()
+}
+
+// served is a handler and where it listens.
+type served struct {
+	listener net.Listener
+	handler  http.Handler
+}
+
+// run serves the API, and what stands beside it, until ctx ends; then it drains.
+func (s *service) run(ctx context.Context, apiListener net.Listener, beside ...served) error {
+	// The store is locked, so whoever held a lease is dead.
+	if n, err := s.tracker.ExpireLeases(ctx); err != nil {
+		return err
+	} else if n > 0 {
+		s.log.Info("images that a former process was converting are taken up again", "count", n)
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	var servers []*http.Server
+	for _, part := range append(beside, served{apiListener, s.handler}) {
+		// No write time-out: long polls, event streams and uploads take their time.
+		server := &http.Server{Handler: part.handler, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10}
+		servers = append(servers, server)
+		g.Go(func() error {
+			if err := server.Serve(part.listener); !errors.Is(err, http.ErrServerClosed) {
+				return fmt.Errorf("serve %s: %w", part.listener.Addr(), err)
+			}
+			return nil
+		})
+	}
+	g.Go(func() error { return s.worker.Run(gctx) })
+	g.Go(func() error { return s.reconciler.Run(gctx) })
+	g.Go(func() error { return s.followStates(gctx) })
+	g.Go(func() error {
+		<-gctx.Done()
+		s.log.Info("stopping")
+		s.drain()
+		stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
+		defer cancel()
+		var errs []error
+		for _, server := range servers {
+			if err := server.Shutdown(stop); err != nil {
+				errs = append(errs, fmt.Errorf("drain: %w", err), server.Close())
+			}
+		}
+		return errors.Join(errs...)
 	})
+	return g.Wait()
 }
 
-func (v *service) close() {
-	v.drain()
-	if v.client != nil {
-		v.client.Close()
+// followStates logs each change of state in a line.
+func (s *service) followStates(ctx context.Context) error {
+	past, _, err := s.tracker.Events(ctx, 0, readiness.EventsKept)
+	var after uint64
+	if len(past) > 0 {
+		after = past[len(past)-1].Seq
 	}
-	if err := v.store.Close(); err != nil {
-		v.log.Error("cannot close the store", "file", filepath.Clean(v.storeFile()), "error", err)
-	}
-}
-
-// reachable turns a listening address into one that this machine can call.
-func reachable(l net.Listener) string {
-	host, port, err := net.SplitHostPort(l.Addr().String())
-	if err != nil {
-		return l.Addr().String()
-	}
-	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
-		host = "127.0.0.1"
-		if _, v6, _ := net.ParseCIDR(ip.String() + "/128"); v6 != nil && ip.To4() == nil && !listensOnIPv4(l) {
-			host = "::1"
+	for err == nil {
+		var evs []readiness.Event
+		evs, _, err = s.tracker.NextEvents(ctx, after, 100)
+		for _, e := range evs {
+			after = e.Seq
+			s.logEvent(e)
 		}
 	}
-	return net.JoinHostPort(host, port)
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
 }
 
-var _ api.Lifecycle = lifecycle{}
-var _ = accel.ErrInvalid
+func (s *service) logEvent(e readiness.Event) {
+	to := string(e.To)
+	if e.To == "" {
+		to = "removed"
+	}
+	attrs := []slog.Attr{slog.String("image", e.Repository), slog.Any("tags", e.Tags), slog.String("digest", e.Digest.String())}
+	if e.Reason != "" {
+		attrs = append(attrs, slog.String("reason", e.Reason))
+	}
+	level := slog.LevelInfo
+	if e.To == accel.Failed || e.To == accel.Rejected {
+		level = slog.LevelWarn
+	}
+	s.log.LogAttrs(context.Background(), level, to, attrs...)
+}

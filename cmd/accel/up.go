@@ -36,55 +36,59 @@ started again, it goes on where it was. Ctrl-C stops; a second one stops at once
 		if err != nil {
 			return usage(err)
 		}
-		log := newLogger(conf.Log, cmd.ErrOrStderr())
-		apiListener, err := listen(cmd, "--listen", conf.Listen)
-		if err != nil {
-			return err
-		}
-		regListener, err := listen(cmd, "--registry-listen", registryListen)
-		if err != nil {
-			return errors.Join(err, apiListener.Close())
-		}
-		closeBoth := func(err error) error { return errors.Join(err, apiListener.Close(), regListener.Close()) }
-
-		host, names := registryNames(regListener.Addr())
-		conf.Reconcile.Repositories = append(conf.Reconcile.Repositories, host+"/**")
-		if _, set := flags.set["reconcile.interval"]; !set {
+		if conf.Reconcile.Interval == defaultConfig().Reconcile.Interval {
 			conf.Reconcile.Interval = upReconcile
 		}
 		if err := conf.finish(); err != nil {
-			return closeBoth(usage(err))
+			return usage(err)
 		}
-		secret := "Bearer " + rand.Text()
-		source, err := webhook.New(webhook.Config{Name: "embedded", Kind: webhook.Distribution, Secret: secret})
+		s, err := openService(conf, newLogger(conf.Log, cmd.ErrOrStderr()))
 		if err != nil {
-			return closeBoth(err)
+			return err
 		}
-		s, err := newService(conf, log, apiListener, []registry.Host{{Name: host, Aliases: append(names, aliases...), PlainHTTP: true}}, []*webhook.Source{source})
-		if err != nil {
-			return closeBoth(err)
-		}
-		embedded, err := newEmbeddedRegistry(cmd.Context(), filepath.Join(conf.Data, "registry"), hookURL(apiListener.Addr()), secret)
-		if err != nil {
-			return closeBoth(errors.Join(err, s.store.Close()))
-		}
-		server := newServer(embedded)
-		failed := make(chan error, 1)
-		go func() { failed <- ignoreClosed(server.Serve(regListener)) }()
-		fmt.Fprintf(cmd.OutOrStdout(), `accel is up.
-  registry   %s
-  API        http://%s   (pages at / and /docs)
-  data       %s
+		return errors.Join(s.up(cmd, registryListen, aliases), s.close())
+	}
+	return cmd
+}
+
+// up runs the service with an embedded registry.
+func (s *service) up(cmd *cobra.Command, registryListen string, aliases []string) error {
+	apiListener, err := listen(cmd, "--listen", s.conf.Listen)
+	if err != nil {
+		return err
+	}
+	defer apiListener.Close()
+	regListener, err := listen(cmd, "--registry-listen", registryListen)
+	if err != nil {
+		return err
+	}
+	defer regListener.Close()
+	host, names := registryNames(regListener.Addr())
+	s.conf.Reconcile.Repositories = append(s.conf.Reconcile.Repositories, host+"/**")
+	secret := "Bearer " + rand.Text()
+	source, err := webhook.New(webhook.Config{Name: "embedded", Kind: webhook.Distribution, Secret: secret})
+	if err != nil {
+		return err
+	}
+	if err := s.wire([]registry.Host{{Name: host, Aliases: append(names, aliases...), PlainHTTP: true}}, []*webhook.Source{source}); err != nil {
+		return err
+	}
+	embedded, err := newEmbeddedRegistry(cmd.Context(), filepath.Join(s.conf.Data, "registry"), hookURL(apiListener.Addr()), secret, s.log)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(cmd.OutOrStdout(), `accel is up.
+  registry   %[1]s
+  API        http://%[2]s   (pages at / and /docs)
+  data       %[3]s
 Push an image with any client, for instance:
   crane copy IMAGE %[1]s/team/app:v1
   skopeo copy --dest-tls-verify=false docker-archive:app.tar docker://%[1]s/team/app:v1
 then wait for it:
-  accel wait %[1]s/team/app:v1%s
-`, host, apiListener.Addr(), conf.Data, serverFlag(apiListener.Addr()))
-		err = s.run(cmd.Context(), server)
-		return errors.Join(err, server.Close(), <-failed, embedded.Shutdown())
-	}
-	return cmd
+  accel wait %[1]s/team/app:v1%[4]s
+`, host, apiListener.Addr(), s.conf.Data, serverFlag(apiListener.Addr()))
+	err = s.run(cmd.Context(), apiListener, served{regListener, embedded})
+	return errors.Join(err, embedded.Shutdown())
 }
 
 // registryNames is the name that records have for the embedded registry, and

@@ -1,0 +1,159 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"text/tabwriter"
+	"time"
+
+	"accel"
+	"accel/convert"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/spf13/cobra"
+	"github.com/vbauerster/mpb/v8"
+	"github.com/vbauerster/mpb/v8/decor"
+	"golang.org/x/term"
+)
+
+// converted is what `accel convert` tells about its work.
+type converted struct {
+	Source    string        `json:"source"`
+	Target    string        `json:"target"`
+	Digest    digest.Digest `json:"digest"`
+	Unchanged bool          `json:"unchanged" doc:"the source was eStargz already"`
+	Result    accel.Result  `json:"result"`
+	Seconds   float64       `json:"seconds"`
+}
+
+func newConvert(g *globals) *cobra.Command {
+	def := defaultConfig()
+	chunk, limit := def.Convert.ChunkSize, def.Policy.MaxUncompressedSize
+	level := def.Convert.Level
+	var platforms []string
+	var plainHTTP bool
+	cmd := &cobra.Command{
+		Use: "convert SRC DST", Short: "Convert one image, without a server", Args: exactArgs("SRC", "DST"),
+		Long: `SRC and DST are each a registry reference, oci:DIR, oci-archive:FILE or
+docker-archive:FILE. Registries are reached with the credentials of this machine.
+The same source and options give the same digest, always.`,
+		Example: `  accel convert registry.example/app:v1 registry.example/app:v1-esgz
+  accel convert docker-archive:app.tar oci:./out --platform linux/amd64
+  accel convert oci:./image 127.0.0.1:5000/app:v1-esgz --level 9 -o json`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			params := convert.Params{ChunkBytes: int64(chunk), Level: level}
+			policy := convert.Policy{Platforms: platforms, MaxUncompressedBytes: int64(limit)}
+			out, err := convertOne(cmd.Context(), args[0], args[1], plainHTTP, params, policy, cmd.ErrOrStderr())
+			if err != nil {
+				return err
+			}
+			return g.print(cmd, out, func(w *tabwriter.Writer) {
+				fmt.Fprintf(w, "%s\t%s\n", out.Target, out.Digest)
+				fmt.Fprintf(w, "%s, was %s, in %.1fs\n", bytesText(out.Result.TargetBytes), bytesText(out.Result.SourceBytes), out.Seconds)
+				for _, n := range out.Result.Notes {
+					fmt.Fprintln(w, "note:", n)
+				}
+			})
+		},
+	}
+	f := cmd.Flags()
+	f.StringSliceVar(&platforms, "platform", nil, "only these platforms, such as linux/amd64; default: all")
+	f.IntVar(&level, "level", level, "gzip level, 1 to 9")
+	f.Var(sizeFlag{&chunk}, "chunk-size", "uncompressed bytes of a chunk")
+	f.Var(sizeFlag{&limit}, "max-uncompressed-size", "refuse larger images")
+	f.BoolVar(&plainHTTP, "plain-http", false, "speak HTTP to registries, not HTTPS (loopback names always are)")
+	return cmd
+}
+
+// sizeFlag is a size as a flag.
+type sizeFlag struct{ *size }
+
+func (s sizeFlag) Set(text string) error { return s.UnmarshalText([]byte(text)) }
+func (s sizeFlag) Type() string          { return "size" }
+
+func convertOne(ctx context.Context, from, to string, plainHTTP bool, params convert.Params, policy convert.Policy, progress io.Writer) (_ converted, err error) {
+	begin := time.Now()
+	out := converted{Source: from, Target: to}
+	temp, err := os.MkdirTemp("", "accel-convert-")
+	if err != nil {
+		return out, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }()
+	dst, err := openDestination(to, plainHTTP)
+	if err != nil {
+		return out, err
+	}
+	src, closeSource, err := openSource(ctx, from, plainHTTP, temp)
+	if err != nil {
+		return out, fmt.Errorf("open %s: %w", from, err)
+	}
+	defer closeSource()
+	show, done := newProgress(progress)
+	c := &convert.Converter{Params: params, Policy: policy, TempDir: temp}
+	res, err := c.Convert(ctx, src, convert.Options{Progress: show})
+	done()
+	if err != nil {
+		return out, fmt.Errorf("convert %s: %w", from, err)
+	}
+	defer func() { err = errors.Join(err, res.Close()) }()
+	out.Unchanged, out.Result = res.Unchanged, res.Stats
+	image := res.Image
+	index := res.Index
+	if res.Unchanged {
+		image, index = src.Image, src.Index
+	}
+	if out.Digest, err = dst.write(ctx, image, index); err != nil {
+		return out, fmt.Errorf("write %s: %w", to, err)
+	}
+	out.Seconds = time.Since(begin).Seconds()
+	return out, nil
+}
+
+// newProgress shows the layers' progress: bars on a terminal, a line for each
+// finished layer elsewhere.
+func newProgress(w io.Writer) (show func(convert.Progress), done func()) {
+	if f, ok := w.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+		return barProgress(f)
+	}
+	var mu sync.Mutex
+	return func(p convert.Progress) {
+		if !p.Done {
+			return
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		fmt.Fprintf(w, "%s layer %d %.19s converted, %s read\n", p.Platform, p.Index+1, p.Layer, bytesText(p.ReadBytes))
+	}, func() {}
+}
+
+func barProgress(w io.Writer) (show func(convert.Progress), done func()) {
+	bars := mpb.New(mpb.WithOutput(w), mpb.WithWidth(40))
+	var mu sync.Mutex
+	byLayer := map[digest.Digest]*mpb.Bar{}
+	return func(p convert.Progress) {
+			mu.Lock()
+			defer mu.Unlock()
+			bar := byLayer[p.Layer]
+			if bar == nil {
+				bar = bars.AddBar(p.TotalBytes,
+					mpb.PrependDecorators(decor.Name(fmt.Sprintf("%s layer %d %.19s ", p.Platform, p.Index+1, p.Layer))),
+					mpb.AppendDecorators(decor.CountersKiloByte("% .1f / % .1f")))
+				byLayer[p.Layer] = bar
+			}
+			bar.SetCurrent(p.ReadBytes)
+			if p.Done {
+				bar.SetTotal(-1, true)
+			}
+		}, func() {
+			mu.Lock()
+			for _, b := range byLayer {
+				b.Abort(false) // no effect on those that are complete
+			}
+			mu.Unlock()
+			bars.Wait()
+		}
+}
