@@ -59,9 +59,25 @@ type Params struct {
 	Format     string // "estargz"
 }
 
-// DefaultParams are the measured defaults; see BenchmarkParams.
+// DefaultParams are chosen by BenchmarkParams, here on a tar of 1.02 GB in 48,500
+// entries (Python, its packages, compilers, shared libraries), on two cores:
+//
+//	level 6, chunks of   128 KiB  256 KiB  512 KiB  1 MiB  4 MiB
+//	output, of stock's    104.0 %  103.2 %  102.9 %  102.8 %  102.7 %
+//	CPU seconds             13.9     12.6     12.4   13.5   16.8
+//
+//	chunks of 256 KiB    level 3  level 5  level 6
+//	output, of stock's    111.0 %  104.5 %  103.2 %
+//	CPU seconds             11.1     12.6     12.6
+//
+// Stock is the stock library at its own defaults, level 9 and 4 MiB, which took 65
+// to 70 s. Level 3 saves a tenth of the time for a twelfth more bytes, which every
+// start pays for; level 5 saves nothing. A miss inflates half a chunk on average
+// before it finds its byte, and fetches all of it: 256 KiB cost 1.2 ms of inflating
+// against 19 ms for stock's 4 MiB, for half a percent more output; below that the
+// output grows faster than the misses shrink.
 func DefaultParams() Params {
-	return Params{ChunkBytes: 1 << 20, Level: 6, Format: formatEstargz}
+	return Params{ChunkBytes: 256 << 10, Level: 6, Format: formatEstargz}
 }
 
 func (p Params) withDefaults() Params {
@@ -91,7 +107,7 @@ func (p Params) validate() error {
 }
 
 // Fingerprint is the canonical text of p with the converter's version, such as
-// "estargz/1;chunk=1048576;level=6".
+// "estargz/1;chunk=262144;level=6".
 func (p Params) Fingerprint() string {
 	p = p.withDefaults()
 	return fmt.Sprintf("%s/%d;chunk=%d;level=%d", p.Format, formatVersion, p.ChunkBytes, p.Level)

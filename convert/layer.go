@@ -118,8 +118,8 @@ func (r *run) build(ctx context.Context, j *job, src *source, rc io.Closer) (*La
 	scan := newScan(stream, out, r.Params.ChunkBytes, j.count)
 	var chunks []chunk
 	var sourceDiffID sum
-	group.Go(func() error { return stream.fill(src, j.count) })
-	group.Go(func() (err error) { sourceDiffID, err = scan.Run(); return err })
+	group.Go(guarded("inflating", func() error { return stream.fill(src, j.count) }))
+	group.Go(guarded("parsing", func() (err error) { sourceDiffID, err = scan.Run(); return err }))
 	group.Go(func() (err error) { chunks, err = out.Run(); return err })
 	if err := group.Wait(); err != nil {
 		return nil, nil, err
@@ -144,4 +144,17 @@ func (r *run) build(ctx context.Context, j *job, src *source, rc io.Closer) (*La
 		SourceUncompressedBytes: j.counted.Load(),
 	}
 	return memo, &spilled{f: f, sizeBytes: b.n, digest: memo.Target, diffID: memo.DiffID}, nil
+}
+
+// guarded turns a panic of a decoder, which is fed bytes from anywhere, into an
+// error of those bytes.
+func guarded(doing string, f func() error) func() error {
+	return func() (err error) {
+		defer func() {
+			if p := recover(); p != nil {
+				err = malformed("%s it makes the converter panic: %v", doing, p)
+			}
+		}()
+		return f()
+	}
 }

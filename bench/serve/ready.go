@@ -11,9 +11,9 @@ import (
 
 	"accel"
 	"accel/api"
-	"accel/bench/pyapp"
 	"accel/bench/report"
 	"accel/convert"
+	"accel/internal/debimage"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -52,9 +52,9 @@ func pushToReady(ctx context.Context, dir string, r *report.Report) error {
 	return nil
 }
 
-// debian is the benchmark image's base layer alone, a new image in each round.
+// debian is the Debian minbase, a new image in each round.
 func debian(ctx context.Context, round int) (v1.Image, error) {
-	full, err := pyapp.Image(ctx, os.Stderr)
+	full, err := debimage.Minbase(ctx, os.Stderr)
 	if err != nil {
 		return nil, err
 	}

@@ -14,6 +14,7 @@ import (
 	"accel/readiness/boltstore"
 
 	"github.com/opencontainers/go-digest"
+	"go.etcd.io/bbolt"
 )
 
 const pageBytes = 4096
@@ -50,7 +51,18 @@ func filled(t *testing.T) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return b
+	// The file grows by large steps; what lies behind the last page in use is of no interest.
+	db, err := bbolt.Open(path, 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	used := int64(0)
+	err = db.View(func(bt *bbolt.Tx) error { used = bt.Size(); return nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b[:used]
 }
 
 // use opens the file and does a bit of everything. It returns the first error.
@@ -84,6 +96,9 @@ func TestDamagedFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "records.db")
 	write := func(b []byte) {
 		t.Helper()
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			t.Fatal(err) // an old mapping of the file must not see the new content
+		}
 		if err := os.WriteFile(path, b, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -96,6 +111,7 @@ func TestDamagedFile(t *testing.T) {
 	for name, b := range map[string][]byte{
 		"text": []byte("not a store\n"), "zeros": make([]byte, len(whole)), "half": whole[:len(whole)/2/pageBytes*pageBytes],
 		"one page": whole[:pageBytes], "a few bytes": whole[:100], "odd": whole[:len(whole)/3+7],
+		"all but a page": whole[:len(whole)-pageBytes],
 	} {
 		write(b)
 		if opened, err := use(t, path); opened || !errors.Is(err, boltstore.ErrDamaged) {

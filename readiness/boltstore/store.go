@@ -40,6 +40,7 @@ const (
 // Store is a readiness.Store in one file. It is safe for concurrent use.
 type Store struct {
 	db   *bbolt.DB
+	file *os.File // db's, which holds the lock
 	path string
 
 	mu     sync.Mutex
@@ -76,12 +77,12 @@ func Open(path string) (*Store, error) {
 }
 
 func (s *Store) open() (err error) {
-	var file *os.File
 	defer func() {
-		if err != nil && file != nil {
-			file.Close() // also what bbolt leaves open, and so locked, when it panics
+		if err != nil && s.file != nil {
+			s.file.Close() // also what bbolt leaves open, and so locked, when it panics
 		}
 	}()
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // of this goroutine
 	defer s.guard(&err, "open")
 	s.db, err = bbolt.Open(s.path, 0o600, &bbolt.Options{
 		Timeout: lockWait,
@@ -91,19 +92,18 @@ func (s *Store) open() (err error) {
 		FreelistType:    bbolt.FreelistMapType,
 		InitialMmapSize: mapBytes,
 		NoStatistics:    true,
-		OpenFile: func(name string, flag int, mode os.FileMode) (*os.File, error) {
-			f, err := os.OpenFile(name, flag, mode)
-			file = f
-			return f, err
+		OpenFile: func(name string, flag int, mode os.FileMode) (_ *os.File, err error) {
+			s.file, err = os.OpenFile(name, flag, mode)
+			return s.file, err
 		},
 	})
 	switch {
 	case errors.Is(err, bolterrors.ErrTimeout):
 		return fmt.Errorf("%w: %s (waited %s; does another accel run with this data directory?)", ErrLocked, s.path, lockWait)
-	case errors.Is(err, bolterrors.ErrInvalid), errors.Is(err, bolterrors.ErrChecksum), errors.Is(err, bolterrors.ErrVersionMismatch):
-		return s.damaged("open", err)
-	case err != nil:
+	case errors.As(err, new(syscall.Errno)): // no permission, no space, a folder
 		return fmt.Errorf("open store %s: %w", s.path, err)
+	case err != nil:
+		return s.damaged("open", err)
 	}
 	if err := s.inspect(); err != nil {
 		return errors.Join(err, s.db.Close())
@@ -232,7 +232,7 @@ func (s *Store) Close() error {
 	wedged := s.wedged
 	s.mu.Unlock()
 	if wedged {
-		return nil // it would hang; the process is about to end
+		return s.file.Close() // gives the lock back; the rest would hang
 	}
 	if err := s.db.Close(); err != nil {
 		return fmt.Errorf("close store %s: %w", s.path, err)

@@ -1,8 +1,6 @@
-// Package pyapp builds the image that the benchmarks measure with: a Debian
-// minbase, python3 with numpy, scipy, pandas and flask, and a small HTTP server
-// on port 9000. About 1 GB in 31,000 files, in three gzip layers. It is made
-// from the machine's own Debian mirror and kept in the user's cache directory.
-package pyapp
+// Package debimage makes the images that tests and benchmarks measure with, from
+// the machine's own Debian mirror, and keeps them in the user's cache directory.
+package debimage
 
 import (
 	"context"
@@ -13,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -23,31 +22,47 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// recipe names what is built; a change of the recipe needs a new name.
-const recipe = "pyapp-1"
+// recipe names an image; a change of what is built needs a new name.
+type recipe struct {
+	name     string
+	packages string // installed on top of debootstrap's minbase; empty: the base alone
+	server   string // the program of the last layer, with packages
+}
 
-const packages = "python3 python3-numpy python3-scipy python3-pandas python3-flask"
+var minbase = recipe{name: "minbase-1"}
 
-const server = `from flask import Flask
+var pyapp = recipe{
+	name:     "pyapp-1",
+	packages: "python3 python3-numpy python3-scipy python3-pandas python3-flask",
+	server: `from flask import Flask
 import numpy, pandas, scipy.optimize
 app = Flask(__name__)
 @app.route("/")
 def root():
     return str(pandas.DataFrame({"a": numpy.arange(10)}).a.sum())
 app.run(host="0.0.0.0", port=9000)
-`
+`,
+}
 
-// Image returns the image, and builds it first where the cache has none (some
-// minutes, as root, with debootstrap installed). log takes the progress.
-func Image(ctx context.Context, log io.Writer) (v1.Image, error) {
+// Minbase returns a Debian minbase image of one gzip layer, about 90 MB. The
+// first call builds it, as root, with debootstrap installed; log takes the
+// progress.
+func Minbase(ctx context.Context, log io.Writer) (v1.Image, error) { return minbase.image(ctx, log) }
+
+// PyApp returns an image of about 1 GB in 31,000 files and three gzip layers: a
+// Debian minbase, python3 with numpy, scipy, pandas and flask, and a small HTTP
+// server on port 9000. The first call builds it, which takes some minutes.
+func PyApp(ctx context.Context, log io.Writer) (v1.Image, error) { return pyapp.image(ctx, log) }
+
+func (r recipe) image(ctx context.Context, log io.Writer) (v1.Image, error) {
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		return nil, err
 	}
-	dir := filepath.Join(cache, "accel-bench", recipe)
+	dir := filepath.Join(cache, "accel-images", r.name)
 	if _, err := os.Stat(filepath.Join(dir, "index.json")); errors.Is(err, os.ErrNotExist) {
-		if err := build(ctx, dir, log); err != nil {
-			return nil, fmt.Errorf("build the benchmark image: %w", err)
+		if err := r.build(ctx, dir, log); err != nil {
+			return nil, fmt.Errorf("build the image %s: %w", r.name, err)
 		}
 	}
 	index, err := layout.ImageIndexFromPath(dir)
@@ -61,11 +76,11 @@ func Image(ctx context.Context, log io.Writer) (v1.Image, error) {
 	return index.Image(m.Manifests[0].Digest)
 }
 
-func build(ctx context.Context, dir string, log io.Writer) error {
+func (r recipe) build(ctx context.Context, dir string, log io.Writer) error {
 	if os.Geteuid() != 0 {
-		return errors.New("debootstrap and overlay mounts need root")
+		return errors.New("debootstrap needs root")
 	}
-	work, err := os.MkdirTemp("", "accel-pyapp-")
+	work, err := os.MkdirTemp("", "accel-image-")
 	if err != nil {
 		return err
 	}
@@ -77,11 +92,8 @@ func build(ctx context.Context, dir string, log io.Writer) error {
 			return err
 		}
 	}
-	if err := os.WriteFile(filepath.Join(app, "srv", "app.py"), []byte(server), 0o644); err != nil {
-		return err
-	}
 	run := func(name string, args ...string) error {
-		fmt.Fprintf(log, "pyapp: %s %s\n", name, strings.Join(args, " "))
+		fmt.Fprintf(log, "%s: %s %s\n", r.name, name, strings.Join(args, " "))
 		cmd := exec.CommandContext(ctx, name, args...)
 		out, err := cmd.CombinedOutput()
 		if err != nil {
@@ -96,19 +108,16 @@ func build(ctx context.Context, dir string, log io.Writer) error {
 	if err := run("debootstrap", "--variant=minbase", "bookworm", base, mirror); err != nil {
 		return err
 	}
-	if err := run("mount", "-t", "overlay", "overlay", "-o", "lowerdir="+base+",upperdir="+upper+",workdir="+scratch, merged); err != nil {
-		return err
-	}
-	err = run("chroot", merged, "sh", "-c", "apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "+packages+" && apt-get clean && rm -rf /var/lib/apt/lists/*")
-	if uerr := run("umount", merged); err == nil {
-		err = uerr
-	}
-	if err != nil {
-		return err
+	trees := []string{base}
+	if r.packages != "" {
+		if err := r.install(run, base, upper, scratch, merged, app); err != nil {
+			return err
+		}
+		trees = append(trees, upper, app)
 	}
 	img := mutate.MediaType(empty.Image, types.OCIManifestSchema1)
 	img = mutate.ConfigMediaType(img, types.OCIConfigJSON)
-	for _, tree := range []string{base, upper, app} {
+	for _, tree := range trees {
 		file := tree + ".tar"
 		// The upper directory's whiteouts (character devices 0:0) hold only caches
 		// that the start never asks for; leaving them out keeps this to plain tar.
@@ -141,21 +150,37 @@ func build(ctx context.Context, dir string, log io.Writer) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintln(log, "pyapp: compressing the layers")
+	fmt.Fprintf(log, "%s: compressing the layers\n", r.name)
 	if err := path.AppendImage(img); err != nil {
 		return err
 	}
 	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
 		return err
 	}
-	staged := dir + ".tmp"
+	staged := fmt.Sprintf("%s.%d", dir, os.Getpid()) // another process may build the same
 	if err := os.RemoveAll(staged); err != nil {
 		return err
 	}
 	if err := run("cp", "-a", made, staged); err != nil {
 		return err
 	}
-	return os.Rename(staged, dir)
+	err = os.Rename(staged, dir)
+	if errors.Is(err, os.ErrExist) || errors.Is(err, syscall.ENOTEMPTY) {
+		return os.RemoveAll(staged) // that one was quicker
+	}
+	return err
+}
+
+// install puts the packages into upper, and the server into app.
+func (r recipe) install(run func(string, ...string) error, base, upper, scratch, merged, app string) error {
+	if err := os.WriteFile(filepath.Join(app, "srv", "app.py"), []byte(r.server), 0o644); err != nil {
+		return err
+	}
+	if err := run("mount", "-t", "overlay", "overlay", "-o", "lowerdir="+base+",upperdir="+upper+",workdir="+scratch, merged); err != nil {
+		return err
+	}
+	err := run("chroot", merged, "sh", "-c", "apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "+r.packages+" && apt-get clean && rm -rf /var/lib/apt/lists/*")
+	return errors.Join(err, run("umount", merged))
 }
 
 // mirror is the Debian mirror that this machine itself is configured with.
