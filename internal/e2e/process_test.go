@@ -28,30 +28,36 @@ import (
 // patience bounds every wait; it is no measure of speed.
 const patience = 3 * time.Minute
 
-var binary = sync.OnceValues(func() (string, error) {
+// binary builds the program once. It has no race detector, under which
+// compression is twenty times slower: the packages' own tests run with it, and
+// one test here with raced.
+var binary = sync.OnceValues(func() (string, error) { return build("accel") })
+
+// raced is the program with the race detector.
+var raced = sync.OnceValues(func() (string, error) { return build("accel-race", "-race") })
+
+func build(as string, flags ...string) (string, error) {
 	_, here, _, _ := runtime.Caller(0)
-	root := filepath.Join(filepath.Dir(here), "..", "..")
-	dir, err := os.MkdirTemp("", "accel-e2e-")
-	if err != nil {
-		return "", err
-	}
-	args := []string{"build", "-o", filepath.Join(dir, "accel")}
-	if raceEnabled {
-		args = append(args, "-race")
-	}
-	cmd := exec.Command("go", append(args, "./cmd/accel")...)
-	cmd.Dir = root
+	path := filepath.Join(scratch, as)
+	cmd := exec.Command("go", append(append([]string{"build", "-o", path}, flags...), "./cmd/accel")...)
+	cmd.Dir = filepath.Join(filepath.Dir(here), "..", "..")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build accel: %w\n%s", err, out)
 	}
-	return filepath.Join(dir, "accel"), nil
-})
+	return path, nil
+}
+
+// scratch holds the programs; TestMain makes and removes it.
+var scratch string
 
 func TestMain(m *testing.M) {
-	code := m.Run()
-	if path, err := binary(); err == nil {
-		os.RemoveAll(filepath.Dir(path))
+	var err error
+	if scratch, err = os.MkdirTemp("", "accel-e2e-"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
 	}
+	code := m.Run()
+	os.RemoveAll(scratch)
 	os.Exit(code)
 }
 
@@ -89,6 +95,11 @@ func start(t *testing.T, data, registryListen string, args ...string) *up {
 	t.Helper()
 	path, err := binary()
 	must(t, err)
+	return startProgram(t, path, data, registryListen, args...)
+}
+
+func startProgram(t *testing.T, path, data, registryListen string, args ...string) *up {
+	t.Helper()
 	u := &up{t: t, log: &lockedBuffer{}, ended: make(chan error, 1)}
 	u.cmd = exec.Command(path, append([]string{"up", "--data", data, "--listen", "127.0.0.1:0", "--registry-listen", registryListen}, args...)...)
 	u.cmd.Stderr = u.log

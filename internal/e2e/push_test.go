@@ -40,7 +40,7 @@ func TestDebianImageIsTheSameTreeWhenMountedLazily(t *testing.T) {
 			file("opt/app/tagged", "z", 0o600).owned(1000, 1000).xattr("user.note", "binary\x00value"),
 			file("opt/app/empty", "", 0o444), special("opt/app/pipe", tar.TypeFifo, 0, 0), special("opt/app/null", tar.TypeChar, 1, 3),
 			link("opt/app/dangling", "/no/such", tar.TypeSymlink), file("opt/app/ünïcode name", "u", 0o644),
-			file("opt/"+strings.Repeat("long/", 30)+"name", "long", 0o644),
+			dir("opt/"+strings.Repeat("long", 50)), file("opt/"+strings.Repeat("long", 50)+"/"+strings.Repeat("name", 40), "long", 0o644),
 		)),
 		gzipped(t, tarOf(t,
 			dir("etc"), file("etc/.wh.motd", "", 0), file("etc/hostname", "accel\n", 0o644),
@@ -96,7 +96,9 @@ func TestIndexOfTwoPlatformsWithAttestation(t *testing.T) {
 				Annotations: map[string]string{"vnd.docker.reference.type": "attestation-manifest", "vnd.docker.reference.digest": d.String()},
 			}})
 	}
-	u := start(t, t.TempDir(), "127.0.0.1:0")
+	path, err := raced()
+	must(t, err)
+	u := startProgram(t, path, t.TempDir(), "127.0.0.1:0")
 	u.push("multi/app:v1", idx)
 	got := u.ready("multi/app:v1")
 	if !slices.Equal(got.Platforms, []string{"linux/amd64", "linux/arm64"}) {

@@ -59,7 +59,7 @@ func mountStock(t *testing.T, ref name.Reference, img v1.Image) string {
 	t.Helper()
 	hosts := func(reference.Spec) ([]docker.RegistryHost, error) {
 		return []docker.RegistryHost{{
-			Client: http.DefaultClient, Host: ref.Context().RegistryStr(), Scheme: "http", Path: "/v2",
+			Client: &http.Client{Transport: http.DefaultTransport}, Header: http.Header{}, Host: ref.Context().RegistryStr(), Scheme: "http", Path: "/v2",
 			Capabilities: docker.HostCapabilityPull | docker.HostCapabilityResolve,
 		}}, nil
 	}
@@ -178,7 +178,7 @@ func xattrsOf(path string) ([]string, error) {
 	var words []string
 	for _, raw := range bytes.Split(bytes.TrimSuffix(buf[:n], []byte{0}), []byte{0}) {
 		key := string(raw)
-		if key == "" || strings.HasPrefix(key, "trusted.overlay.") {
+		if key == "" || strings.HasPrefix(key, "trusted.overlay.") || strings.HasPrefix(key, "user.overlay.") {
 			continue // how overlayfs is told of opaque directories, not the image's
 		}
 		value := make([]byte, 64<<10)
