@@ -30,7 +30,7 @@ func ParseReference(s string) (Reference, error) {
 	}
 	named, err := reference.ParseNormalizedNamed(s)
 	if err != nil {
-		return Reference{}, fmt.Errorf("%w: image reference %q: %v (want HOST/PATH:TAG or HOST/PATH@sha256:DIGEST)", ErrInvalid, s, err)
+		return Reference{}, fmt.Errorf("%w: image reference %q: %w (want HOST/PATH:TAG or HOST/PATH@sha256:DIGEST)", ErrInvalid, s, err)
 	}
 	ref := Reference{Registry: reference.Domain(named), Repository: reference.Path(named)}
 	if t, ok := named.(reference.Tagged); ok {

@@ -45,8 +45,8 @@ type acceptedOutput struct {
 }
 
 type deleteInput struct {
-	idInput
-	Target bool `query:"target" doc:"remove the converted image from the registry too; the source is never touched"`
+	ID     string `path:"id" maxLength:"100"`
+	Target bool   `query:"target" doc:"remove the converted image from the registry too; the source is never touched"`
 }
 
 func (s *server) imageRoutes(routes huma.API) {

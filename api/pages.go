@@ -69,7 +69,7 @@ func (s *server) docsPage(w http.ResponseWriter, _ *http.Request) {
 		}
 	}
 	sort.Strings(names)
-	var groups []groupView
+	groups := make([]groupView, 0, len(names))
 	for _, n := range names {
 		ops := byTag[n]
 		sort.Slice(ops, func(i, j int) bool { return ops[i].Path+ops[i].Method < ops[j].Path+ops[j].Method })

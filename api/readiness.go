@@ -2,7 +2,6 @@ package api
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/http"
 	"time"
@@ -53,15 +52,12 @@ func (s *server) readiness(ctx context.Context, in *readinessInput) (readiness.S
 	if err != nil || wait < 0 || wait > maxWait {
 		return readiness.Status{}, fmt.Errorf("%w: wait %q: want a duration such as 60s, up to %s", accel.ErrInvalid, in.Wait, maxWait)
 	}
-	ctx, cancel := context.WithTimeout(ctx, wait)
+	patience, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	defer context.AfterFunc(s.Draining, cancel)()
-	st, err := s.Tracker.Wait(ctx, ref)
-	if err != nil && ctx.Err() != nil {
-		if errors.Is(err, accel.ErrNotFound) || st.ID == "" {
-			return st, fmt.Errorf("image %s: %w", ref, accel.ErrNotFound)
-		}
-		return st, nil // not final yet: the answer says so
+	st, err := s.Tracker.Wait(patience, ref)
+	if err != nil && patience.Err() != nil {
+		return s.Tracker.Find(ctx, ref) // not final yet: the answer says so
 	}
 	return st, err
 }

@@ -48,7 +48,7 @@ func (s *server) trustRoutes(routes huma.API) {
 	}, func(ctx context.Context, in *mappingInput) (*mappingOutput, error) {
 		d, err := digest.Parse(in.Digest)
 		if err != nil {
-			return nil, s.problem(fmt.Errorf("%w: digest %q: %v", accel.ErrInvalid, in.Digest, err))
+			return nil, s.problem(fmt.Errorf("%w: digest %q: %w", accel.ErrInvalid, in.Digest, err))
 		}
 		envelope, err := s.Tracker.Mapping(ctx, in.Repository, d)
 		if err != nil {

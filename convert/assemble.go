@@ -97,7 +97,7 @@ func (r *run) annotate(source map[string]string, d v1.Hash) map[string]string {
 }
 
 func (r *run) image(p *imagePlan, res *Result) (*image, error) {
-	var diffIDs []string
+	diffIDs := make([]string, 0, len(p.parts))
 	out := &image{}
 	m := v1.Manifest{
 		SchemaVersion: 2,

@@ -97,7 +97,9 @@ func (d *differ) inodes(na, nb *node, path string) {
 	}
 	d.value(path, "size", a.size, b.size)
 	d.text(path, "target", a.link, b.link)
-	d.text(path, "device", a.device(), b.device())
+	if a.device() != b.device() {
+		d.say(path, "device", a.device(), b.device())
+	}
 	if a.kind == tar.TypeReg && a.size == b.size && a.content != b.content {
 		d.say(path, "content", "sha256:"+hex.EncodeToString(a.content[:]), "sha256:"+hex.EncodeToString(b.content[:]))
 	}

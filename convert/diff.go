@@ -238,7 +238,7 @@ type prefix struct {
 }
 
 // readTree reads a layer's entries with their content's digests. cut says where
-// a prefix of p.bytes really ended.
+// a prefix of p.bytes really ended; it is zero where that was the layer's end.
 func readTree(ctx context.Context, l v1.Layer, p prefix) (_ *tree, cut prefix, err error) {
 	mediaType, err := l.MediaType()
 	if err != nil {
@@ -272,6 +272,9 @@ func readTree(ctx context.Context, l v1.Layer, p prefix) (_ *tree, cut prefix, e
 	t := newTree()
 	tr := tar.NewReader(in)
 	for seq := 0; ; seq++ {
+		if ctx.Err() != nil {
+			return nil, cut, context.Cause(ctx)
+		}
 		if seq > maxEntries {
 			return nil, cut, accel.Permanent(fmt.Errorf("more than %d entries", maxEntries))
 		}
@@ -312,7 +315,7 @@ func readTree(ctx context.Context, l v1.Layer, p prefix) (_ *tree, cut prefix, e
 	if _, err := io.Copy(io.Discard, in); err != nil {
 		return nil, cut, err // the digest does not hold
 	}
-	return t, cut, t.finish()
+	return t, prefix{}, t.finish()
 }
 
 type countingReader struct {

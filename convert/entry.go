@@ -121,8 +121,15 @@ func seconds(t time.Time) int64 {
 }
 
 // clean is the path from the root that containerd gives a name: ".." stops at
-// the root. The root itself is "".
-func clean(name string) string { return strings.TrimPrefix(path.Clean("/"+name), "/") }
+// the root. The root itself is "". Where it can, it is a part of name, so that
+// trees need no memory of their own for paths.
+func clean(name string) string {
+	c := path.Clean("/" + name)[1:]
+	if trimmed := strings.TrimSuffix(strings.TrimPrefix(name, "./"), "/"); c == trimmed {
+		return trimmed
+	}
+	return c
+}
 
 // apply is what unpacking a second header onto the same inode does: everything
 // is set anew, but attributes that the header does not name stay.

@@ -300,7 +300,8 @@ type absent struct {
 	gone v1.Hash
 }
 
-type sourceIndex = interface{ v1.ImageIndex }
+// sourceIndex has another name than its method ImageIndex, as embedding wants.
+type sourceIndex = v1.ImageIndex
 
 func (a absent) Image(h v1.Hash) (v1.Image, error) {
 	if h == a.gone {

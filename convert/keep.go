@@ -9,7 +9,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"os"
 	"strconv"
@@ -207,7 +206,7 @@ func readChunks(r io.Reader, e *entry, z *estargz.Reader) (ok bool, err error) {
 		if ok = ok && found && c.ChunkOffset == at && c.ChunkSize > 0 && c.ChunkSize <= n; ok {
 			n = c.ChunkSize
 		}
-		part := hash.Hash(sha256.New())
+		part := sha256.New()
 		if _, err := io.CopyN(io.MultiWriter(whole, part), r, n); err != nil {
 			return false, err
 		}

@@ -38,7 +38,7 @@ var faithful = map[string][]tarEntry{
 	"GNU names":              {file(strings.Repeat("long/", 60)+"name", "x", format(tar.FormatGNU)), symlink("s", strings.Repeat("t", 300), format(tar.FormatGNU))},
 	"large numbers":          {file("a", "x", owner(1<<31-2, 1<<31-2), format(tar.FormatGNU)), file("b", "x", owner(1<<31-2, 3), format(tar.FormatPAX))},
 	"modes":                  {file("suid", "x", mode(0o4755)), file("sgid", "x", mode(0o2755)), file("none", "x", mode(0))},
-	"owners' names":          {file("a", "x", owner(1, 1), named_("u", "g")), file("b", "x", owner(1, 1), named_("u", "g")), file("c", "x", owner(2, 1), named_("v", "g"))},
+	"owners' names":          {file("a", "x", owner(1, 1), ownerNames("u", "g")), file("b", "x", owner(1, 1), ownerNames("u", "g")), file("c", "x", owner(2, 1), ownerNames("v", "g"))},
 	"times":                  {file("epoch", "x", at(time.Unix(0, 0))), file("fraction", "x", at(time.Unix(10, 6e8)), format(tar.FormatPAX)), file("old", "x", at(time.Unix(-5, 0)), format(tar.FormatPAX))},
 	"whiteouts":              {dir("d"), file("d/.wh..wh..opq", ""), file("d/.wh.gone", ""), file("d/new", "x")},
 	"odd names":              {file("/absolute", "x"), file("../../up", "y"), file("./dot/../dot2/f", "z"), file("with space\nand newline\"<&>", "q")},
@@ -294,7 +294,7 @@ func TestRejected(t *testing.T) {
 // TestReproducible: the bytes depend on nothing but source and Params.
 func TestReproducible(t *testing.T) {
 	src := tarOf(append(manyFiles(120, 6000), file("big", text(400_000, 9)), file("noise", noise(300_000, 8)))...)
-	for _, level := range []int{1, 3, 6, 9} {
+	for _, level := range []int{6, 9} {
 		want := v1.Hash{}
 		for _, workers := range []int{1, 2, 8} {
 			c := newConverter(t, workers)

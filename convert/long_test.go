@@ -115,4 +115,3 @@ func peak(t *testing.T) string {
 	}
 	return "unknown"
 }
-

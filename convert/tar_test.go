@@ -63,11 +63,11 @@ func fifo(name string, o ...option) tarEntry {
 }
 func rawBytes(b []byte) tarEntry { return tarEntry{raw: b} }
 
-func mode(m int64) option        { return func(h *tar.Header) { h.Mode = m } }
-func owner(uid, gid int) option  { return func(h *tar.Header) { h.Uid, h.Gid = uid, gid } }
-func named_(u, g string) option  { return func(h *tar.Header) { h.Uname, h.Gname = u, g } }
-func at(t time.Time) option      { return func(h *tar.Header) { h.ModTime = t } }
-func format(f tar.Format) option { return func(h *tar.Header) { h.Format = f } }
+func mode(m int64) option           { return func(h *tar.Header) { h.Mode = m } }
+func owner(uid, gid int) option     { return func(h *tar.Header) { h.Uid, h.Gid = uid, gid } }
+func ownerNames(u, g string) option { return func(h *tar.Header) { h.Uname, h.Gname = u, g } }
+func at(t time.Time) option         { return func(h *tar.Header) { h.ModTime = t } }
+func format(f tar.Format) option    { return func(h *tar.Header) { h.Format = f } }
 func xattr(name, v string) option {
 	return func(h *tar.Header) {
 		if h.PAXRecords == nil {

@@ -32,16 +32,14 @@ func (t *toc) encode(w io.Writer) error {
 	bw := bufio.NewWriterSize(w, 64<<10)
 	fmt.Fprint(bw, `{"version":1,"entries":[`)
 	users, groups := owners{}, owners{}
-	comma := false
+	separator := ""
 	put := func(e *estargz.TOCEntry) error {
 		raw, err := json.Marshal(e)
 		if err != nil {
 			return fmt.Errorf("TOC entry of %q: %w", e.Name, err)
 		}
-		if comma {
-			bw.WriteByte(',')
-		}
-		comma = true
+		fmt.Fprint(bw, separator)
+		separator = ","
 		_, err = bw.Write(raw)
 		return err
 	}
@@ -90,11 +88,11 @@ func (t *toc) putFile(e *estargz.TOCEntry, n named, put func(*estargz.TOCEntry) 
 
 // toTOC is the entry without what depends on the layout.
 func (n named) toTOC() *estargz.TOCEntry {
-	m := n.inode.meta
+	m := n.meta
 	e := &estargz.TOCEntry{
 		Name: n.own.name, Mode: m.mode, UID: m.uid, GID: m.gid,
 		ModTime3339: time.Unix(m.mtime, 0).UTC().Format(time.RFC3339),
-		Size:        n.size, LinkName: n.inode.link,
+		Size:        n.size, LinkName: n.link,
 		DevMajor: int(n.major), DevMinor: int(n.minor),
 	}
 	if clean(e.Name) != n.path {

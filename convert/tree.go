@@ -268,7 +268,11 @@ func (t *tree) list() []named {
 		if n.own == nil {
 			return
 		}
-		out = append(out, named{inode: n.inode, own: n.own, path: n.path()})
+		p := n.path()
+		if c := clean(n.own.name); c == p {
+			p = c // needs no memory
+		}
+		out = append(out, named{inode: n.inode, own: n.own, path: p})
 		if n.own.kind == tar.TypeLink || n.inode.linked {
 			if f := first[n.inode]; f == nil || n.own.seq < f.own.seq {
 				first[n.inode] = n

@@ -243,8 +243,8 @@ func (t *Tracker) Defer(ctx context.Context, w Work, d time.Duration, reason str
 }
 
 // Finish makes the record Ready. mappings are the signed envelopes (DSSE JSON) by source platform manifest digest.
-// ErrLeaseLost as with Renew. A tag that the record gained since it was claimed and that target.Tags does
-// not make up for by number falls due for a check at once.
+// ErrLeaseLost as with Renew. The record falls due for a check at once when it gained a tag since it was claimed, or has
+// more tags than target has, so that no target tag is left out.
 func (t *Tracker) Finish(ctx context.Context, w Work, target accel.Target, res accel.Result, mappings map[digest.Digest][]byte) error {
 	if target.Repository == "" || target.Digest.Validate() != nil {
 		return fmt.Errorf("%w: finish %s: target %s@%s", accel.ErrInvalid, w.Image(), target.Repository, target.Digest)

@@ -31,9 +31,9 @@
 //	Failed      Converting  Claim, when the next try is due
 //	Failed      Pending     Push, Observe (the tag moved to it), Retry
 //	Failed      Superseded  as from Pending, unless it was given up
-//	Failed      -           as from Pending
+//	Failed      -           as from Pending; Push, Observe (an intake row whose digest is known now)
 //	Rejected    Pending     Push by the API, Retry; any other push leaves it
-//	Rejected    -           Delete, Fold
+//	Rejected    -           Delete, Fold; an intake row as from Failed
 //	Superseded  Pending     Push, Observe, Resolve: the digest is wanted again; Retry
 //	Superseded  -           Delete, Fold
 //	Stale       Pending     Gone, in the same transaction; so Stale is never at rest

@@ -44,16 +44,16 @@ func checkPush(ev accel.PushEvent) (push, error) {
 func checkName(repository, tag string, d digest.Digest) error {
 	named, err := reference.WithName(repository)
 	if err != nil {
-		return fmt.Errorf("%w: repository %q: %v (want HOST[:PORT]/PATH)", accel.ErrInvalid, repository, err)
+		return fmt.Errorf("%w: repository %q: %w (want HOST[:PORT]/PATH)", accel.ErrInvalid, repository, err)
 	}
 	if tag != "" {
 		if _, err := reference.WithTag(named, tag); err != nil {
-			return fmt.Errorf("%w: tag %q of %s: %v", accel.ErrInvalid, tag, repository, err)
+			return fmt.Errorf("%w: tag %q of %s: %w", accel.ErrInvalid, tag, repository, err)
 		}
 	}
 	if d != "" {
 		if err := d.Validate(); err != nil {
-			return fmt.Errorf("%w: digest %q of %s: %v", accel.ErrInvalid, d, repository, err)
+			return fmt.Errorf("%w: digest %q of %s: %w", accel.ErrInvalid, d, repository, err)
 		}
 	}
 	return nil

@@ -22,7 +22,7 @@ var transitions = map[accel.State][]accel.State{
 	accel.Failed:     {accel.Converting, accel.Pending, accel.Superseded, none},
 	accel.Rejected:   {accel.Pending, none},
 	accel.Superseded: {accel.Pending, none},
-	accel.Stale:      {accel.Pending, none},
+	accel.Stale:      {accel.Pending},
 }
 
 // maxReasonBytes bounds Record.Reason, which comes from registries' answers.

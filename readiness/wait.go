@@ -85,7 +85,7 @@ func sleep(ctx context.Context, news <-chan struct{}, d time.Duration) error {
 // An unknown reference is waited for too; a Superseded record's successor is followed.
 func (t *Tracker) Wait(ctx context.Context, ref accel.Reference) (Status, error) {
 	var last Status
-	var lastErr error = accel.ErrNotFound // where ctx ends before the first look
+	lastErr := accel.ErrNotFound // where ctx ends before the first look
 	for {
 		news, stop := t.hub.listen(repositoryTopic(ref.Name()))
 		st, err := t.outcome(ctx, ref)

@@ -16,7 +16,7 @@ func (k *Worker) checkLoop(ctx context.Context) error {
 	for {
 		rec, err := k.Tracker.NextCheck(ctx)
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // asked to stop
 		}
 		if err != nil {
 			return fmt.Errorf("find the next target to check: %w", err)
@@ -35,11 +35,11 @@ func (k *Worker) check(ctx context.Context, rec accel.Record) error {
 	if err != nil {
 		return err
 	}
-	tags := rec.Target.Tags
-	if rec.Target.Repository == rec.Repository && rec.Target.Digest == rec.Digest {
-		tags = rec.Tags // unchanged: the source is the target
-	} else if tags, err = k.tags.move(ctx, rec, rec.Target.Digest); err != nil {
-		return err
+	tags := rec.Tags // where the source is the target, unchanged
+	if rec.Target.Repository != rec.Repository || rec.Target.Digest != rec.Digest {
+		if tags, err = k.tags.move(ctx, rec, rec.Target.Digest); err != nil {
+			return err
+		}
 	}
 	if !slices.Equal(tags, rec.Target.Tags) {
 		k.Log.Info("target tags moved", "image", rec.Image(), "tags", tags)

@@ -37,7 +37,7 @@ func (p RepositoryPolicy) validate() error {
 	for key, globs := range map[string][]string{"policy.allow": p.Allow, "policy.deny": p.Deny} {
 		for _, g := range globs {
 			if _, err := path.Match(strings.TrimSuffix(g, "/**"), ""); err != nil {
-				return fmt.Errorf("%w: %s %q: %v", accel.ErrInvalid, key, g, err)
+				return fmt.Errorf("%w: %s %q: %w", accel.ErrInvalid, key, g, err)
 			}
 		}
 	}

@@ -35,7 +35,7 @@ func config(dir, name, address string) (path string, err error) {
 
 // serve starts `accel serve` over dir/name.
 func serve(ctx context.Context, dir, name string) (*process, error) {
-	address, err := freeAddress()
+	address, err := freeAddress(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -56,7 +56,10 @@ func intake(ctx context.Context, dir string, r *report.Report) error {
 	perSecond, p99, err := drive(ctx, senders, total, http.StatusAccepted, func(i int) *http.Request {
 		body := fmt.Sprintf(`{"events":[{"id":"%d","timestamp":%q,"action":"push","target":{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":%q,"size":1000,"repository":"team/app%d","tag":"v%d"},"request":{"host":%q}}]}`,
 			i, time.Now().UTC().Format(time.RFC3339Nano), digest.FromString(fmt.Sprint(i)), i%100, i, host)
-		req, _ := http.NewRequest(http.MethodPost, p.url+"/v1/webhooks/distribution", strings.NewReader(body))
+		req, err := http.NewRequestWithContext(ctx, http.MethodPost, p.url+"/v1/webhooks/distribution", strings.NewReader(body))
+		if err != nil {
+			panic(err) // the URL is our own
+		}
 		req.Header.Set("Content-Type", "application/vnd.docker.distribution.events.v2+json")
 		req.Header.Set("Authorization", secret)
 		return req
@@ -85,7 +88,10 @@ func reads(ctx context.Context, dir string, r *report.Report) error {
 	perSecond, p99, err := drive(ctx, senders, total, http.StatusOK, func(int) *http.Request {
 		i := rand.IntN(records)
 		image := fmt.Sprintf("%s/team/app%d:v%d", host, i%100, i)
-		req, _ := http.NewRequest(http.MethodGet, p.url+"/v1/readiness?image="+url.QueryEscape(image), nil)
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.url+"/v1/readiness?image="+url.QueryEscape(image), nil)
+		if err != nil {
+			panic(err) // the URL is our own
+		}
 		return req
 	})
 	if err != nil {

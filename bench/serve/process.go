@@ -25,8 +25,8 @@ type process struct {
 }
 
 // freeAddress picks a loopback port that was free just now.
-func freeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+func freeAddress(ctx context.Context) (string, error) {
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
 		return "", err
 	}
@@ -42,12 +42,9 @@ func start(ctx context.Context, address string, args ...string) (*process, error
 		return nil, err
 	}
 	for ctx.Err() == nil {
-		if res, err := http.Get(p.url + "/readyz"); err == nil {
-			res.Body.Close()
-			if res.StatusCode == http.StatusOK {
-				p.started = time.Since(begin)
-				return p, nil
-			}
+		if p.ready(ctx) {
+			p.started = time.Since(begin)
+			return p, nil
 		}
 		if time.Since(begin) > time.Minute {
 			break
@@ -55,6 +52,19 @@ func start(ctx context.Context, address string, args ...string) (*process, error
 		time.Sleep(2 * time.Millisecond)
 	}
 	return nil, errors.Join(fmt.Errorf("accel %s did not get ready; its log:\n%s", strings.Join(args, " "), p.log.String()), p.stop())
+}
+
+// ready asks /readyz once.
+func (p *process) ready(ctx context.Context) bool {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.url+"/readyz", nil)
+	if err != nil {
+		return false
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return false
+	}
+	return res.Body.Close() == nil && res.StatusCode == http.StatusOK
 }
 
 func (p *process) stop() error {

@@ -96,11 +96,11 @@ func convertLocally(ctx context.Context, dir string, img v1.Image) (time.Duratio
 }
 
 func pushAndWait(ctx context.Context, dir string, img v1.Image) (time.Duration, error) {
-	address, err := freeAddress()
+	address, err := freeAddress(ctx)
 	if err != nil {
 		return 0, err
 	}
-	registry, err := freeAddress()
+	registry, err := freeAddress(ctx)
 	if err != nil {
 		return 0, err
 	}

@@ -218,7 +218,7 @@ func (s *service) followStates(ctx context.Context) error {
 		}
 	}
 	if ctx.Err() != nil {
-		return nil
+		return nil //nolint:nilerr // asked to stop
 	}
 	return err
 }

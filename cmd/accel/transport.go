@@ -196,7 +196,7 @@ func openDestination(to string, plainHTTP bool) (destination, error) {
 		case "oci-archive":
 			return layoutArchive(path), nil
 		default:
-			return nil, usage(fmt.Errorf("%q: a docker-archive cannot carry eStargz layers (its layers are uncompressed); write oci: or oci-archive:", to))
+			return nil, usage(fmt.Errorf("%q: a docker-archive cannot carry eStargz layers (its layers are uncompressed); write to oci:DIR or oci-archive:FILE", to))
 		}
 	}
 	ref, err := accel.ParseReference(to)

@@ -57,12 +57,12 @@ func (s *service) up(cmd *cobra.Command, registryListen string, aliases []string
 	if err != nil {
 		return err
 	}
-	defer apiListener.Close()
+	defer closeQuietly(apiListener)
 	regListener, err := listen(cmd, "--registry-listen", registryListen)
 	if err != nil {
 		return err
 	}
-	defer regListener.Close()
+	defer closeQuietly(regListener)
 	host, names := registryNames(regListener.Addr())
 	s.conf.Reconcile.Repositories = append(s.conf.Reconcile.Repositories, host+"/**")
 	secret := "Bearer " + rand.Text()
@@ -89,6 +89,12 @@ then wait for it:
 `, host, apiListener.Addr(), s.conf.Data, serverFlag(apiListener.Addr()))
 	err = s.run(cmd.Context(), apiListener, served{regListener, embedded})
 	return errors.Join(err, embedded.Shutdown())
+}
+
+// closeQuietly closes a listener that a server may have closed already.
+func closeQuietly(l net.Listener) {
+	//nolint:errcheck // there is nothing left to lose
+	l.Close()
 }
 
 // registryNames is the name that records have for the embedded registry, and

@@ -76,7 +76,7 @@ func (r recipe) image(ctx context.Context, log io.Writer) (v1.Image, error) {
 	return index.Image(m.Manifests[0].Digest)
 }
 
-func (r recipe) build(ctx context.Context, dir string, log io.Writer) error {
+func (r recipe) build(ctx context.Context, dir string, log io.Writer) (err error) {
 	if os.Geteuid() != 0 {
 		return errors.New("debootstrap needs root")
 	}
@@ -84,7 +84,7 @@ func (r recipe) build(ctx context.Context, dir string, log io.Writer) error {
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(work)
+	defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
 	base, upper, scratch, merged := filepath.Join(work, "base"), filepath.Join(work, "upper"), filepath.Join(work, "scratch"), filepath.Join(work, "merged")
 	app := filepath.Join(work, "app")
 	for _, d := range []string{upper, scratch, merged, filepath.Join(app, "srv")} {
@@ -101,7 +101,7 @@ func (r recipe) build(ctx context.Context, dir string, log io.Writer) error {
 		}
 		return nil
 	}
-	mirror, err := mirror()
+	mirror, err := mirror(ctx)
 	if err != nil {
 		return err
 	}
@@ -184,8 +184,8 @@ func (r recipe) install(run func(string, ...string) error, base, upper, scratch,
 }
 
 // mirror is the Debian mirror that this machine itself is configured with.
-func mirror() (string, error) {
-	out, err := exec.Command("apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages").Output()
+func mirror(ctx context.Context) (string, error) {
+	out, err := exec.CommandContext(ctx, "apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages").Output()
 	if err != nil {
 		return "", fmt.Errorf("ask apt for its mirror: %w", err)
 	}

@@ -144,9 +144,11 @@ func TestConvertCommand(t *testing.T) {
 	var digests []string
 	for _, to := range []string{"oci:" + out, "oci-archive:" + filepath.Join(work, "out.tar")} {
 		cmd := exec.Command(path, "convert", "docker-archive:"+archive, to, "-o", "json")
+		var said strings.Builder
+		cmd.Stderr = &said
 		raw, err := cmd.Output()
 		if err != nil {
-			t.Fatalf("convert to %s: %v\n%s", to, err, err.(*exec.ExitError).Stderr)
+			t.Fatalf("convert to %s: %v\n%s", to, err, said.String())
 		}
 		var answer struct{ Digest string }
 		must(t, json.Unmarshal(raw, &answer))
@@ -169,13 +171,10 @@ func TestConvertCommand(t *testing.T) {
 		"convert docker-archive:" + archive + " docker-archive:x": 2,
 		"convert onlyone": 2,
 	} {
-		err := exec.Command(path, strings.Fields(args)...).Run()
-		code := 0
-		if exit, ok := err.(*exec.ExitError); ok {
-			code = exit.ExitCode()
-		}
-		if code != want {
-			t.Errorf("accel %s: exit %d, want %d", args, code, want)
+		cmd := exec.Command(path, strings.Fields(args)...)
+		err := cmd.Run()
+		if code := cmd.ProcessState.ExitCode(); code != want {
+			t.Errorf("accel %s: exit %d (%v), want %d", args, code, err, want)
 		}
 	}
 	other := filepath.Join(work, "other.tar")

@@ -62,6 +62,7 @@ func (s *Store) leadUntil(c *call) {
 			return
 		default:
 			s.commit(s.take())
+			s.trim()
 		}
 	}
 }

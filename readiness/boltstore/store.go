@@ -49,8 +49,9 @@ type Store struct {
 	wedged bool    // bbolt panicked and may hold its locks for ever: not even reads
 	closed bool
 
-	lead chan struct{}  // holds one token while an update commits
-	busy sync.WaitGroup // running View and Update calls
+	lead     chan struct{}  // holds one token while an update commits
+	busy     sync.WaitGroup // running View and Update calls
+	resident residency
 }
 
 // Open opens the store in the file path, which is made (mode 0600, its folder 0700) where there is
@@ -191,6 +192,7 @@ func (s *Store) View(ctx context.Context, fn func(readiness.Tx) error) error {
 	}
 	defer s.busy.Done()
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer s.trim()
 	return s.view(ctx, fn)
 }
 

@@ -129,7 +129,8 @@ func (t *tx) newest(bucket, prefix []byte, before uint64, each func(seq uint64, 
 	if before == 0 {
 		before = ^uint64(0)
 	}
-	k, v := c.Seek(join(prefix, number(before)))
+	var v []byte
+	k, _ := c.Seek(join(prefix, number(before)))
 	if k == nil {
 		k, v = c.Last()
 	} else {

@@ -54,7 +54,7 @@ func want(what string, got, want any) error {
 
 func missing(what string, err error) error {
 	if !errors.Is(err, accel.ErrNotFound) {
-		return fmt.Errorf("%s: error %v, want not found", what, err)
+		return fmt.Errorf("%s: error %w, want not found", what, err)
 	}
 	return nil
 }
@@ -84,7 +84,7 @@ func testRecords(t *testing.T, s readiness.Store) {
 		other, err2 := tx.Get("bare")
 		_, none := tx.Get("none")
 		if got.Seq >= other.Seq {
-			err = errors.Join(err, fmt.Errorf("Seq %d of the first record, %d of the second", got.Seq, other.Seq))
+			err = errors.Join(err, fmt.Errorf("number %d of the first record, %d of the second", got.Seq, other.Seq))
 		}
 		full.Seq, bare.Seq = got.Seq, other.Seq
 		return errors.Join(err, err2, want("full record", got, full), want("bare record", other, bare), missing("unknown id", none))
