@@ -12,7 +12,7 @@ build: ## build bin/accel
 	$(GO) build -trimpath -o bin/accel ./cmd/accel
 
 setup: ## install the Debian packages that the tests drive (says which and why)
-	./internal/acceltest/setup.sh
+	./internal/e2e/setup.sh
 
 test: setup ## everything that belongs in CI, with the race detector
 	$(GO) vet ./...
@@ -31,7 +31,7 @@ $(TOOLS)/golangci-lint-$(GOLANGCI_LINT):
 fuzz: ## each fuzz target for a minute
 	@for pkg in $$($(GO) list ./...); do \
 	  for f in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
-	    echo "$$pkg $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime 60s $$pkg || exit 1; \
+	    echo "$$pkg $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime 60s -fuzzminimizetime 5x $$pkg || exit 1; \
 	  done; done
 
 bench: build ## the service's figures; rows go to bench/out/serve.jsonl too

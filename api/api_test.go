@@ -72,7 +72,7 @@ func newBed(t *testing.T, change ...func(*api.Options)) *bed {
 	b := &bed{t: t, tracker: readiness.New(store, readiness.Options{Params: "p"}), http: &http.Client{Transport: &http.Transport{}}, drain: drain, life: &lifecycle{}}
 	o := api.Options{
 		Tracker: b.tracker, Webhooks: []*webhook.Source{source}, Keys: keys, Lifecycle: b.life, Open: true, Draining: draining, MaxBodyBytes: 64 << 10,
-		Version: "test", Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Version: "test", Log: slog.New(slog.DiscardHandler),
 		Canonical: func(h string) (string, error) {
 			if h != host {
 				return "", fmt.Errorf("%w: %s", accel.ErrRegistryNotAllowed, h)

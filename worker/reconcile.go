@@ -116,6 +116,7 @@ func (r *Reconciler) repository(ctx context.Context, repository string) error {
 }
 
 func (r *Reconciler) tag(ctx context.Context, repository, tag string) error {
+	asked := time.Now()
 	desc, err := r.Registry.Head(ctx, repository, tag)
 	if errors.Is(err, accel.ErrNotFound) {
 		return nil // deleted since it was listed
@@ -134,6 +135,6 @@ func (r *Reconciler) tag(ctx context.Context, repository, tag string) error {
 	if err != nil && !errors.Is(err, accel.ErrNotFound) {
 		return err
 	}
-	_, err = r.Tracker.Observe(ctx, repository, tag, d, string(desc.MediaType))
+	_, err = r.Tracker.ObserveAt(ctx, asked, repository, tag, d, string(desc.MediaType))
 	return err
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/http"
@@ -121,7 +122,6 @@ func seed(ctx context.Context, path string) error {
 	if err != nil {
 		return err
 	}
-	defer store.Close()
 	now := time.Now().UTC()
 	for from := 0; from < records; from += 1000 {
 		err := store.Update(ctx, func(tx readiness.Tx) error {
@@ -144,7 +144,7 @@ func seed(ctx context.Context, path string) error {
 			return nil
 		})
 		if err != nil {
-			return err
+			return errors.Join(err, store.Close())
 		}
 	}
 	return store.Close()

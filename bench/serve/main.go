@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -22,12 +23,12 @@ func main() {
 	}
 }
 
-func run(ctx context.Context) error {
+func run(ctx context.Context) (err error) {
 	dir, err := os.MkdirTemp("", "accel-bench-")
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	r := report.New("serve")
 	for _, step := range []func(context.Context, string, *report.Report) error{intake, reads, pushToReady} {
 		if err := step(ctx, dir, r); err != nil {
