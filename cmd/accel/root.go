@@ -37,6 +37,13 @@ Exit codes: 0 it worked, 1 it did not (or the image Failed or was Rejected),
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Version:       version(),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usage(fmt.Errorf("unknown command %q; see accel --help", args[0]))
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
 	f := root.PersistentFlags()

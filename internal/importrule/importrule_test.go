@@ -1,0 +1,52 @@
+// Package importrule holds the table of docs/design.md that says which of our
+// packages may import which.
+package importrule
+
+import (
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// may lists what each package may import of ours, directly. A package that is
+// not here is a mistake in this table.
+var may = map[string][]string{
+	"accel":                     {},
+	"accel/internal/keylock":    {},
+	"accel/internal/debimage":   {},
+	"accel/internal/importrule": {},
+	"accel/webhook":             {"accel"},
+	"accel/readiness":           {"accel"},
+	"accel/readiness/boltstore": {"accel", "accel/readiness"},
+	"accel/readiness/storetest": {"accel", "accel/readiness"},
+	"accel/convert":             {"accel"},
+	"accel/registry":            {"accel", "accel/internal/keylock"},
+	"accel/trust":               {"accel"},
+	"accel/worker":              {"accel", "accel/readiness", "accel/convert", "accel/registry", "accel/trust", "accel/internal/keylock"},
+	"accel/api":                 {"accel", "accel/webhook", "accel/readiness", "accel/trust"},
+	"accel/cmd/accel":           {"accel", "accel/webhook", "accel/readiness", "accel/readiness/boltstore", "accel/convert", "accel/registry", "accel/trust", "accel/worker", "accel/api"},
+	"accel/internal/e2e":        {},
+	"accel/bench/report":        {},
+	"accel/bench/serve":         {"accel", "accel/readiness", "accel/readiness/boltstore", "accel/convert", "accel/api", "accel/bench/report", "accel/internal/debimage"},
+}
+
+func TestImports(t *testing.T) {
+	out, err := exec.Command("go", "list", "-f", `{{.ImportPath}}:{{join .Imports " "}}`, "accel/...").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(out)) {
+		pkg, imports, _ := strings.Cut(strings.TrimSpace(line), ":")
+		allowed, known := may[pkg]
+		if !known {
+			t.Errorf("%s is not in the table: say what it may import, here and in docs/design.md", pkg)
+			continue
+		}
+		for _, i := range strings.Fields(imports) {
+			if (i == "accel" || strings.HasPrefix(i, "accel/")) && !slices.Contains(allowed, i) {
+				t.Errorf("%s imports %s, which docs/design.md does not allow", pkg, i)
+			}
+		}
+	}
+}
