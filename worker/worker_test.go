@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -467,4 +468,85 @@ func TestSourceGoneTakesTheTargetAlong(t *testing.T) {
 		_, err := b.tracker.Get(b.ctx, rec.ID)
 		return err != nil && b.standing("app", rec.Target.Digest.String()) == ""
 	})
+}
+
+func TestSharedLayerIsConvertedOnce(t *testing.T) {
+	b := newBed(t)
+	base := image(t, 1, "amd64")
+	layers, err := base.Layers()
+	must(t, err)
+	extra, err := image(t, 2, "amd64").Layers()
+	must(t, err)
+	b.tell("one:v1", b.upload("one:v1", base), time.Now(), ociManifest)
+	first := b.wait("one:v1", accel.Ready)
+
+	target, err := b.client.Pull(b.ctx, first.Target.Repository, first.Target.Digest)
+	must(t, err)
+	tm, err := target.Image.Manifest()
+	must(t, err)
+	shared := tm.Layers[0].Digest.String()
+
+	// The registry is asked for the new layer only.
+	source, err := layers[0].Digest()
+	must(t, err)
+	var mu sync.Mutex
+	read, uploads := 0, 0
+	b.board.set(func(_ http.ResponseWriter, r *http.Request, _ http.Handler) bool {
+		mu.Lock()
+		defer mu.Unlock()
+		if r.Method == http.MethodGet && strings.HasSuffix(r.URL.Path, "/two/blobs/"+source.String()) && r.Header.Get("Range") == "" {
+			read++
+		}
+		if r.Method == http.MethodPut && r.URL.Query().Get("digest") == shared {
+			uploads++
+		}
+		return false
+	})
+	b.options.Verify = worker.VerifyDigest
+	b.stopWork()
+	b.start()
+	d := b.upload("two:v1", withLayers(t, "amd64", layers[0], extra[0]))
+	b.tell("two:v1", d, time.Now(), ociManifest)
+	second := b.wait("two:v1", accel.Ready)
+	mu.Lock()
+	if read != 0 || uploads != 0 {
+		t.Errorf("the shared layer was read %d times and uploaded %d times again", read, uploads)
+	}
+	mu.Unlock()
+	one, err := b.client.Pull(b.ctx, first.Target.Repository, first.Target.Digest)
+	must(t, err)
+	two, err := b.client.Pull(b.ctx, second.Target.Repository, second.Target.Digest)
+	must(t, err)
+	m1, err := one.Image.Manifest()
+	must(t, err)
+	m2, err := two.Image.Manifest()
+	must(t, err)
+	if m1.Layers[0].Digest != m2.Layers[0].Digest || m2.Layers[0].Annotations[accel.AnnotationLayerSource] != source.String() {
+		t.Errorf("the shared layer became %s and %s", m1.Layers[0].Digest, m2.Layers[0].Digest)
+	}
+}
+
+func TestMemoIsNoTruthWhenTheBlobIsGone(t *testing.T) {
+	b := newBed(t)
+	base := image(t, 1, "amd64")
+	b.tell("one:v1", b.upload("one:v1", base), time.Now(), ociManifest)
+	first := b.wait("one:v1", accel.Ready)
+	one, err := b.client.Pull(b.ctx, first.Target.Repository, first.Target.Digest)
+	must(t, err)
+	m, err := one.Image.Manifest()
+	must(t, err)
+	gone := m.Layers[0].Digest.String()
+	b.board.set(func(w http.ResponseWriter, r *http.Request, next http.Handler) bool {
+		if strings.HasSuffix(r.URL.Path, "/one/blobs/"+gone) { // collected by the registry
+			return answer(http.StatusNotFound)(w, r, next)
+		}
+		return false
+	})
+	layers, err := base.Layers()
+	must(t, err)
+	extra, err := image(t, 2, "amd64").Layers()
+	must(t, err)
+	d := b.upload("two:v1", withLayers(t, "amd64", layers[0], extra[0]))
+	b.tell("two:v1", d, time.Now(), ociManifest)
+	b.wait("two:v1", accel.Ready)
 }

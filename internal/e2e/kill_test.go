@@ -23,8 +23,8 @@ func TestLongKilledAtManyInstants(t *testing.T) {
 	if os.Getenv("ACCEL_TEST_LONG") == "" {
 		t.Skip("SKIPPED here: the long kill loop runs in `make test-long`")
 	}
-	killLoop(t, 400)
-	t.Log("killed 400 times")
+	killLoop(t, 200)
+	t.Log("killed 200 times")
 }
 
 // killLoop pushes an image, kills the service at a random instant between push

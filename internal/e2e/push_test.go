@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"accel"
 	"accel/api"
@@ -221,6 +222,41 @@ func TestWaitExitCodes(t *testing.T) {
 	}
 	if img, err := u.client.Readiness(context.Background(), u.registry+"/big:v1", 0); err != nil || img.State != accel.Rejected {
 		t.Errorf("big:v1 is %s, %v", img.State, err)
+	}
+	u.stop()
+}
+
+func TestConvertAllListsNewestFirstAndSubmits(t *testing.T) {
+	// No reconcile within the test's time: what is submitted comes from convert-all.
+	u := start(t, t.TempDir(), "127.0.0.1:0", "--reconcile-interval", "1h")
+	for i, name := range []string{"old", "new", "middle"} {
+		img := image(t, "amd64", gzipped(t, tarOf(t, file("f", noise(uint64(i), 1<<10), 0o644))))
+		cfg, err := img.ConfigFile()
+		must(t, err)
+		cfg = cfg.DeepCopy()
+		cfg.Created = v1.Time{Time: stamp.Add(map[string]time.Duration{"old": 0, "middle": time.Hour, "new": 2 * time.Hour}[name])}
+		img, err = mutate.ConfigFile(img, cfg)
+		must(t, err)
+		u.push("team/app:"+name, img)
+		u.ready("team/app:" + name)
+	}
+	path, err := binary()
+	must(t, err)
+	for _, args := range [][]string{{"--dry-run"}, {"--rate", "100"}} {
+		out, err := exec.Command(path, append([]string{"convert-all", u.registry + "/team/app", "-o", "json", "--server", u.client.Server()}, args...)...).Output()
+		must(t, err)
+		var found []struct{ Image, State string }
+		must(t, json.Unmarshal(out, &found))
+		var tags []string
+		for _, f := range found {
+			tags = append(tags, strings.TrimPrefix(f.Image, u.registry+"/team/app:"))
+			if submitted := f.State != ""; submitted == (args[0] == "--dry-run") {
+				t.Errorf("%v: %s has state %q", args, f.Image, f.State)
+			}
+		}
+		if !slices.Equal(tags, []string{"new", "middle", "old"}) {
+			t.Errorf("%v lists %v, want the newest first and none of our own output", args, tags)
+		}
 	}
 	u.stop()
 }
