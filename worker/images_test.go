@@ -5,8 +5,10 @@ import (
 	"bytes"
 	"io"
 	"math/rand/v2"
+	"strconv"
 	"testing"
 
+	"github.com/containerd/stargz-snapshotter/estargz"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
@@ -80,4 +82,33 @@ func digestOf(t *testing.T, img v1.Image) string {
 	h, err := img.Digest()
 	must(t, err)
 	return h.String()
+}
+
+// eStargz is an image that another tool made lazily loadable already.
+func eStargz(t *testing.T) v1.Image {
+	t.Helper()
+	layers, err := image(t, 7, "amd64").Layers()
+	must(t, err)
+	rc, err := layers[0].Uncompressed()
+	must(t, err)
+	plain, err := io.ReadAll(rc)
+	must(t, err)
+	blob, err := estargz.Build(io.NewSectionReader(bytes.NewReader(plain), 0, int64(len(plain))))
+	must(t, err)
+	raw, err := io.ReadAll(blob)
+	must(t, err)
+	must(t, blob.Close())
+	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(raw)), nil },
+		tarball.WithMediaType(types.OCILayer))
+	must(t, err)
+	uncompressed, err := layer.Uncompressed()
+	must(t, err)
+	bytesOut, err := io.Copy(io.Discard, uncompressed)
+	must(t, err)
+	img, err := mutate.Append(withLayers(t, "amd64"), mutate.Addendum{Layer: layer, Annotations: map[string]string{
+		estargz.TOCJSONDigestAnnotation:         blob.TOCDigest().String(),
+		estargz.StoreUncompressedSizeAnnotation: strconv.FormatInt(bytesOut, 10),
+	}})
+	must(t, err)
+	return img
 }

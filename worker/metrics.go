@@ -2,6 +2,7 @@ package worker
 
 import (
 	"errors"
+	"fmt"
 	"time"
 
 	"accel"
@@ -15,7 +16,7 @@ type metrics struct {
 	errors  *prometheus.CounterVec
 }
 
-func newMetrics(r prometheus.Registerer) *metrics {
+func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	m := &metrics{
 		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "accel_conversion_seconds",
@@ -31,10 +32,15 @@ func newMetrics(r prometheus.Registerer) *metrics {
 			Help: "Attempts that ended without a Ready image, by reason.",
 		}, []string{"reason"}),
 	}
-	if r != nil {
-		r.MustRegister(m.seconds, m.bytes, m.errors)
+	if r == nil {
+		return m, nil
 	}
-	return m
+	for _, c := range []prometheus.Collector{m.seconds, m.bytes, m.errors} {
+		if err := r.Register(c); err != nil {
+			return nil, fmt.Errorf("register metrics: %w", err)
+		}
+	}
+	return m, nil
 }
 
 func (m *metrics) finished(res accel.Result) {

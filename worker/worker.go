@@ -75,7 +75,11 @@ func New(o Options) (*Worker, error) {
 	if o.LeaseTime <= 0 {
 		o.LeaseTime = 30 * time.Second
 	}
-	k := &Worker{Options: o, metrics: newMetrics(o.Registerer)}
+	metrics, err := newMetrics(o.Registerer)
+	if err != nil {
+		return nil, err
+	}
+	k := &Worker{Options: o, metrics: metrics}
 	k.tags = tagMover{tracker: o.Tracker, registry: o.Registry, target: o.Target}
 	return k, nil
 }

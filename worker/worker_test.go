@@ -550,3 +550,23 @@ func TestMemoIsNoTruthWhenTheBlobIsGone(t *testing.T) {
 	b.tell("two:v1", d, time.Now(), ociManifest)
 	b.wait("two:v1", accel.Ready)
 }
+
+func TestImageThatIsEStargzAlreadyIsItsOwnTarget(t *testing.T) {
+	b := newBed(t)
+	d := b.upload("app:v1", eStargz(t))
+	b.tell("app:v1", d, time.Now(), ociManifest)
+	rec := b.wait("app:v1", accel.Ready)
+	if rec.Target.Digest != d || rec.Target.Repository != rec.Repository || !slices.Equal(rec.Target.Tags, []string{"v1"}) {
+		t.Errorf("target is %+v, want the source itself", rec.Target)
+	}
+	if got := b.standing("app", "v1-esgz"); got != "" {
+		t.Errorf("it was pushed again as %s", got)
+	}
+	if _, err := b.tracker.Mapping(b.ctx, rec.Repository, d); err != nil {
+		t.Errorf("it has no mapping: %v", err)
+	}
+	must(t, worker.Lifecycle{Tracker: b.tracker, Registry: b.client}.DeleteTarget(b.ctx, rec))
+	if b.standing("app", d.String()) != d {
+		t.Error("removing the target removed the source")
+	}
+}

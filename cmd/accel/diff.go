@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -38,7 +37,7 @@ says in words what differs. A and B are named as for convert. Exit codes: 0 equa
 					return fmt.Errorf("open %s: %w", from, err)
 				}
 				defer closeSource()
-				if images[i], err = platformImage(cmd.Context(), src, platform); err != nil {
+				if images[i], err = platformImage(src, platform); err != nil {
 					return fmt.Errorf("%s: %w", from, err)
 				}
 			}
@@ -68,7 +67,7 @@ says in words what differs. A and B are named as for convert. Exit codes: 0 equa
 }
 
 // platformImage takes the image of one platform.
-func platformImage(_ context.Context, src convert.Source, platform string) (v1.Image, error) {
+func platformImage(src convert.Source, platform string) (v1.Image, error) {
 	if src.Image != nil {
 		return src.Image, nil
 	}

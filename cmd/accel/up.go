@@ -82,7 +82,7 @@ func (s *service) up(cmd *cobra.Command, registryListen string, aliases []string
   API        http://%[2]s   (pages at / and /docs)
   data       %[3]s
 Push an image with any client, for instance:
-  crane copy IMAGE %[1]s/team/app:v1
+  crane push app.tar %[1]s/team/app:v1
   skopeo copy --dest-tls-verify=false docker-archive:app.tar docker://%[1]s/team/app:v1
 then wait for it:
   accel wait %[1]s/team/app:v1%[4]s
