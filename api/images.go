@@ -74,7 +74,7 @@ func (s *server) imageRoutes(routes huma.API) {
 	})
 	huma.Register(routes, huma.Operation{
 		OperationID: "delete-image", Method: http.MethodDelete, Path: "/v1/images/{id}", Tags: tags, Security: secured(ScopeWrite),
-		Summary: "Forget an image", Description: "With target=true its converted form is removed from the registry first.",
+		Summary: "Forget an image", Description: "With target=true its converted form is removed from the registry first. In a reconciled repository the image comes back for as long as its tag stands.",
 		DefaultStatus: http.StatusOK, Errors: []int{401, 403, 404},
 	}, s.deleteImage)
 }

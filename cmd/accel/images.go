@@ -222,7 +222,8 @@ func newDelete(g *globals) *cobra.Command {
 	var target bool
 	cmd := &cobra.Command{
 		Use: "delete IMAGE|ID", Short: "Forget an image, and remove its converted form on demand", Args: exactArgs("IMAGE|ID"),
-		Long:    "The source image is never touched.",
+		Long: `The source image is never touched. In a repository that is reconciled (all of them
+with accel up) the image comes back at the next search for as long as its tag stands.`,
 		Example: "  accel delete 127.0.0.1:5000/team/app:v1 --target",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := g.client()
