@@ -242,7 +242,7 @@ func TestWaitTimesOut(t *testing.T) {
 	}
 }
 
-func TestDrainEndsLongPolls(t *testing.T) {
+func TestDrainAnswersWaiters(t *testing.T) {
 	b := newBed(t)
 	_, err := b.tracker.Push(b.ctx, accel.PushEvent{Source: "x", Registry: host, Repository: "app", Tag: "v1", Digest: digest.FromString("one")})
 	must(t, err)
