@@ -186,13 +186,14 @@ func newImages(g *globals) *cobra.Command {
 	return cmd
 }
 
-// resolve turns an image's id or reference into its id.
-func resolve(ctx context.Context, c *api.Client, what string) (string, error) {
-	if !strings.ContainsAny(what, "/:@") {
-		return what, nil
+// image turns an image's id or reference into its id, with the client to ask.
+func (g *globals) image(ctx context.Context, what string) (*api.Client, string, error) {
+	c, err := g.client()
+	if err != nil || !strings.ContainsAny(what, "/:@") {
+		return c, what, err
 	}
 	img, err := c.Readiness(ctx, what, 0)
-	return img.ID, err
+	return c, img.ID, err
 }
 
 func newRetry(g *globals) *cobra.Command {
@@ -201,11 +202,7 @@ func newRetry(g *globals) *cobra.Command {
 		Long:    "For an image that Failed, was Rejected (after the policy was changed) or Superseded, or waits for its next try.",
 		Example: "  accel retry 127.0.0.1:5000/team/app:v1",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := g.client()
-			if err != nil {
-				return err
-			}
-			id, err := resolve(cmd.Context(), c, args[0])
+			c, id, err := g.image(cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -226,11 +223,7 @@ func newDelete(g *globals) *cobra.Command {
 with accel up) the image comes back at the next search for as long as its tag stands.`,
 		Example: "  accel delete 127.0.0.1:5000/team/app:v1 --target",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := g.client()
-			if err != nil {
-				return err
-			}
-			id, err := resolve(cmd.Context(), c, args[0])
+			c, id, err := g.image(cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}
