@@ -270,6 +270,9 @@ func (r *run) drop(d v1.Hash, why *accel.Rejection) {
 }
 
 func platformName(p v1.Platform) string {
+	if p.OS == "" && p.Architecture == "" {
+		return unknownPlatform // a config that does not say, as some tools write it
+	}
 	name := p.OS + "/" + p.Architecture
 	if p.Variant != "" {
 		name += "/" + p.Variant
