@@ -69,7 +69,11 @@ by the time in its config. What is converted already stays as it is.`,
 			err = g.print(cmd, found, func(w *tabwriter.Writer) {
 				fmt.Fprintln(w, "IMAGE\tCREATED\tSTATE\tERROR")
 				for _, f := range found {
-					fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", f.Image, f.Created.Local().Format(time.DateTime), f.State, f.Error)
+					created := "unknown" // many builders write none, for reproducible images
+					if f.Created.Year() > 1970 {
+						created = f.Created.Local().Format(time.DateTime)
+					}
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", f.Image, created, f.State, f.Error)
 				}
 			})
 			if failed > 0 && err == nil {
