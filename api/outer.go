@@ -27,7 +27,12 @@ func (s *server) outer(mux *http.ServeMux) http.Handler {
 			}
 			s.metrics.request(r, out.status, time.Since(begin))
 		}()
-		r.Body = http.MaxBytesReader(out, r.Body, s.MaxBodyBytes+1) // one more: the operation sees that it is too much
+		if r.Body != http.NoBody {
+			// On a copy: net/http looks at its own request's body to keep a connection open
+			// until the sender has read the 413.
+			r = r.WithContext(r.Context())
+			r.Body = http.MaxBytesReader(out, r.Body, s.MaxBodyBytes+1) // one more: the operation sees that it is too much
+		}
 		h, pattern := mux.Handler(r)
 		if pattern == "" {
 			refuse(out, r, h)
