@@ -150,9 +150,19 @@ func (c *config) finish() error {
 		check(d > 0, "%s %s: must be positive", name, d)
 	}
 	check(c.Readiness.BackoffMin <= c.Readiness.BackoffMax, "readiness.backoff_min %s is longer than readiness.backoff_max %s", c.Readiness.BackoffMin, c.Readiness.BackoffMax)
+	check(c.Readiness.MaxAttempts >= 1, "readiness.max_attempts %d: want at least 1", c.Readiness.MaxAttempts)
+	_, err = worker.New(worker.Options{ // it starts nothing, and knows these best
+		Target:       worker.Target{Repository: c.Target.Repository, Tag: c.Target.Tag},
+		Repositories: worker.RepositoryPolicy{Allow: c.Policy.Allow, Deny: c.Policy.Deny},
+		Verify:       worker.VerifyMode(c.Verify),
+	})
+	errs = append(errs, err)
 	_, err = c.apiTokens()
 	errs = append(errs, err)
-	_, err = c.hosts()
+	hosts, err := c.hosts()
+	if err == nil {
+		err = c.checkReconcile(hosts)
+	}
 	errs = append(errs, err)
 	_, err = c.sources()
 	errs = append(errs, err)
@@ -211,6 +221,22 @@ func (c *config) hosts() ([]registry.Host, error) {
 	}
 	client.Close()
 	return hosts, nil
+}
+
+// checkReconcile requires that what is searched may be contacted.
+func (c *config) checkReconcile(hosts []registry.Host) error {
+	client, err := registry.New(registry.Options{Hosts: hosts})
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	for _, pattern := range c.Reconcile.Repositories {
+		host, _, _ := strings.Cut(pattern, "/")
+		if _, err := client.Canonical(host); err != nil {
+			return fmt.Errorf("reconcile.repositories %q: %w", pattern, err)
+		}
+	}
+	return nil
 }
 
 func (c *config) sources() ([]*webhook.Source, error) {

@@ -78,6 +78,9 @@ func (s sizeFlag) Type() string          { return "size" }
 func convertOne(ctx context.Context, from, to string, plainHTTP bool, params convert.Params, policy convert.Policy, progress io.Writer) (_ converted, err error) {
 	begin := time.Now()
 	out := converted{Source: from, Target: to}
+	if sameImage(from, to) {
+		return out, usage(fmt.Errorf("%s would overwrite its source; name another tag or repository", to))
+	}
 	temp, err := os.MkdirTemp("", "accel-convert-")
 	if err != nil {
 		return out, err
@@ -111,6 +114,21 @@ func convertOne(ctx context.Context, from, to string, plainHTTP bool, params con
 	}
 	out.Seconds = time.Since(begin).Seconds()
 	return out, nil
+}
+
+// sameImage reports whether both name one tag of one registry.
+func sameImage(from, to string) bool {
+	if from == to {
+		return true
+	}
+	for _, s := range []string{from, to} {
+		if _, _, local := transportOf(s); local {
+			return false
+		}
+	}
+	a, errA := accel.ParseReference(from)
+	b, errB := accel.ParseReference(to)
+	return errA == nil && errB == nil && a.Name() == b.Name() && a.Tag != "" && a.Tag == b.Tag
 }
 
 // newProgress shows the layers' progress: bars on a terminal, a line for each

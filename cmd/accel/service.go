@@ -204,11 +204,7 @@ func (s *service) run(ctx context.Context, apiListener net.Listener, beside ...s
 
 // followStates logs each change of state in a line.
 func (s *service) followStates(ctx context.Context) error {
-	past, _, err := s.tracker.Events(ctx, 0, readiness.EventsKept)
-	var after uint64
-	if len(past) > 0 {
-		after = past[len(past)-1].Seq
-	}
+	after, err := s.lastEvent(ctx)
 	for err == nil {
 		var evs []readiness.Event
 		evs, _, err = s.tracker.NextEvents(ctx, after, 100)
@@ -221,6 +217,17 @@ func (s *service) followStates(ctx context.Context) error {
 		return nil //nolint:nilerr // asked to stop
 	}
 	return err
+}
+
+// lastEvent is the number of the newest event, found page by page.
+func (s *service) lastEvent(ctx context.Context) (last uint64, err error) {
+	for {
+		past, _, err := s.tracker.Events(ctx, last, readiness.EventsKept)
+		if err != nil || len(past) == 0 {
+			return last, err
+		}
+		last = past[len(past)-1].Seq
+	}
 }
 
 func (s *service) logEvent(e readiness.Event) {

@@ -66,7 +66,12 @@ func (s *service) up(cmd *cobra.Command, registryListen string, aliases []string
 	host, names := registryNames(regListener.Addr())
 	s.conf.Reconcile.Repositories = append(s.conf.Reconcile.Repositories, host+"/**")
 	secret := "Bearer " + rand.Text()
-	source, err := webhook.New(webhook.Config{Name: "embedded", Kind: webhook.Distribution, Secret: secret})
+	source, err := webhook.New(webhook.Config{
+		Name: "embedded", Kind: webhook.Distribution, Secret: secret,
+		// By whatever name a client reached the registry, it is this one. An event that
+		// was refused would be sent again for ever, ahead of all others.
+		Registry: host,
+	})
 	if err != nil {
 		return err
 	}

@@ -171,6 +171,7 @@ func TestConvertCommand(t *testing.T) {
 		"convert docker-archive:/no/such oci:" + work + "/x":      1,
 		"convert docker-archive:" + archive + " docker-archive:x": 2,
 		"convert onlyone": 2,
+		"convert 127.0.0.1:9/app:v1 127.0.0.1:9/app:v1": 2,
 	} {
 		cmd := exec.Command(path, strings.Fields(args)...)
 		err := cmd.Run()
