@@ -101,6 +101,9 @@ func openReference(ctx context.Context, from string, plainHTTP bool) (src conver
 
 // openLayout takes the one image or index of an OCI layout.
 func openLayout(dir string, src *convert.Source) error {
+	if err := verifyLayout(dir); err != nil {
+		return err
+	}
 	index, err := layout.ImageIndexFromPath(dir)
 	if err != nil {
 		return err
@@ -118,6 +121,34 @@ func openLayout(dir string, src *convert.Source) error {
 		src.Image, err = index.Image(only.Digest)
 	}
 	return err
+}
+
+// verifyLayout checks every blob against its name, for what reads layouts here
+// does not.
+func verifyLayout(dir string) error {
+	blobs := filepath.Join(dir, "blobs", "sha256")
+	entries, err := os.ReadDir(blobs)
+	if err != nil {
+		return fmt.Errorf("%s is no OCI layout: %w", dir, err)
+	}
+	for _, e := range entries {
+		want := digest.NewDigestFromEncoded(digest.SHA256, e.Name())
+		if want.Validate() != nil || !e.Type().IsRegular() {
+			continue // no blob: nothing can refer to it
+		}
+		f, err := os.Open(filepath.Join(blobs, e.Name()))
+		if err != nil {
+			return err
+		}
+		got, err := digest.SHA256.FromReader(f)
+		if err = errors.Join(err, f.Close()); err != nil {
+			return err
+		}
+		if got != want {
+			return fmt.Errorf("blob %s of %s is damaged: its content has digest %s", want, dir, got)
+		}
+	}
+	return nil
 }
 
 // maxArchiveBytes bounds what an OCI archive may unpack to.

@@ -179,6 +179,12 @@ func TestConvertCommand(t *testing.T) {
 			t.Errorf("accel %s: exit %d (%v), want %d", args, code, err, want)
 		}
 	}
+	blobs, err := filepath.Glob(filepath.Join(out, "blobs", "sha256", "*"))
+	must(t, err)
+	must(t, os.WriteFile(blobs[0], []byte("other bytes"), 0o600))
+	if said, err := exec.Command(path, "convert", "oci:"+out, "oci:"+filepath.Join(work, "again")).CombinedOutput(); err == nil || !strings.Contains(string(said), "damaged") {
+		t.Errorf("a damaged layout was converted: %v, %s", err, said)
+	}
 	other := filepath.Join(work, "other.tar")
 	must(t, tarball.WriteToFile(other, tag, image(t, "amd64", gzipped(t, tarOf(t, dir("a"), file("a/b", noise(2, 1<<20), 0o644))))))
 	said, err := exec.Command(path, "diff", "docker-archive:"+archive, "docker-archive:"+other).Output()
