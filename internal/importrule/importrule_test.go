@@ -23,11 +23,13 @@ var may = map[string][]string{
 	"accel/convert":             {"accel"},
 	"accel/registry":            {"accel", "accel/internal/keylock"},
 	"accel/trust":               {"accel"},
+	"accel/mirror":              {"accel", "accel/cache", "accel/registry", "accel/internal/keylock"},
 	"accel/worker":              {"accel", "accel/readiness", "accel/convert", "accel/registry", "accel/trust", "accel/internal/keylock"},
 	"accel/api":                 {"accel", "accel/webhook", "accel/readiness", "accel/trust"},
 	"accel/cmd/accel":           {"accel", "accel/webhook", "accel/readiness", "accel/readiness/boltstore", "accel/convert", "accel/registry", "accel/trust", "accel/worker", "accel/api"},
 	"accel/internal/e2e":        {},
 	"accel/bench/report":        {},
+	"accel/bench/convert":       {"accel/convert", "accel/bench/report", "accel/internal/debimage"},
 	"accel/bench/serve":         {"accel", "accel/readiness", "accel/readiness/boltstore", "accel/convert", "accel/api", "accel/bench/report", "accel/internal/debimage"},
 }
 
