@@ -166,14 +166,7 @@ func (a *authority) exchange(ctx context.Context, config *authn.AuthConfig, scop
 // ping asks how the registry wants to be authenticated to. An empty scheme
 // means not at all.
 func (a *authority) ping(ctx context.Context) (*transport.Challenge, error) {
-	ctx, cancel := context.WithTimeout(ctx, a.timeout)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, a.host.scheme+"://"+a.host.wire+"/v2/", nil)
-	if err != nil {
-		return nil, err
-	}
-	req.Header.Set("User-Agent", userAgent)
-	resp, err := a.host.client().Do(req)
+	resp, err := a.bare(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -191,6 +184,34 @@ func (a *authority) ping(ctx context.Context) (*transport.Challenge, error) {
 	default:
 		return nil, refusal(statusError(resp))
 	}
+}
+
+// bare asks for /v2/ without credentials.
+func (a *authority) bare(ctx context.Context) (*http.Response, error) {
+	ctx, cancel := context.WithTimeout(ctx, a.timeout)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, a.host.scheme+"://"+a.host.wire+"/v2/", nil)
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	req.Header.Set("User-Agent", userAgent)
+	resp, err := a.host.client().Do(req)
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	resp.Body = cancelOnClose{resp.Body, cancel}
+	return resp, nil
+}
+
+type cancelOnClose struct {
+	io.ReadCloser
+	cancel context.CancelFunc
+}
+
+func (b cancelOnClose) Close() error {
+	defer b.cancel()
+	return b.ReadCloser.Close()
 }
 
 // challenge reads a 401's WWW-Authenticate; nil where it has none that can be met.

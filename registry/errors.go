@@ -34,6 +34,8 @@ type responseError struct {
 	answer   *transport.Error
 	sentinel error
 	after    time.Duration // what Retry-After said
+	// challenge is a 401's WWW-Authenticate, where it was the registry's own.
+	challenge []string
 }
 
 // Error is the answer in the registry's own words, cut to a bearable length.
@@ -53,6 +55,24 @@ func (e *responseError) Unwrap() error { return e.sentinel }
 // has reports whether the registry gave one of the codes.
 func (e *responseError) has(codes ...transport.ErrorCode) bool {
 	return slices.ContainsFunc(e.answer.Errors, func(d transport.Diagnostic) bool { return slices.Contains(codes, d.Code) })
+}
+
+// ChallengeOf is the registry's WWW-Authenticate that came with err, if one did.
+func ChallengeOf(err error) []string {
+	var e *responseError
+	if errors.As(err, &e) {
+		return e.challenge
+	}
+	return nil
+}
+
+// StatusOf is the HTTP status that err is about, 0 where the registry did not answer.
+func StatusOf(err error) int {
+	var e *responseError
+	if errors.As(err, &e) {
+		return e.answer.StatusCode
+	}
+	return 0
 }
 
 // statusError makes an error of an unexpected answer, whose body it reads but

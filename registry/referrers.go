@@ -99,6 +99,10 @@ func (c *Client) Referrers(ctx context.Context, repository string, subject diges
 	if err != nil {
 		return nil, err
 	}
+	return c.referrers(ctx, r, subject, artifactType)
+}
+
+func (c *Client) referrers(ctx context.Context, r repo, subject digest.Digest, artifactType string) ([]v1.Descriptor, error) {
 	all, err := c.referrersAPI(ctx, r, subject.String())
 	if errors.Is(err, errNoReferrersAPI) {
 		var tag fallback

@@ -14,6 +14,8 @@ import (
 type repo struct {
 	*host
 	path string
+	// authorization is sent as it is; empty: what the host's authority gets.
+	authorization string
 }
 
 func (r repo) String() string { return r.name + "/" + r.path }
@@ -39,7 +41,7 @@ func (c *Client) repository(s string) (repo, error) {
 	if _, err := reference.WithName(h.name + "/" + path); err != nil || path == "" {
 		return repo{}, fmt.Errorf("%w: repository %q: want HOST/PATH with a lower-case path", accel.ErrInvalid, s)
 	}
-	return repo{h, path}, nil
+	return repo{host: h, path: path}, nil
 }
 
 // target is repository for a tag or digest of it, which is checked too.

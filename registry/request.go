@@ -96,6 +96,9 @@ func (c *Client) readOnce(ctx context.Context, r repo, req request, limitBytes i
 // once sends req in one attempt, in which credentials that the registry refuses
 // are looked up again: a token may end, or be renewed on disk, at any time.
 func (c *Client) once(ctx context.Context, r repo, req request) (*http.Response, error) {
+	if r.authorization != "" {
+		return c.verbatim(ctx, r, req)
+	}
 	scopes := req.scopes
 	var challenge *transport.Challenge
 	for refusals := 0; ; refusals++ {
@@ -126,11 +129,25 @@ func (c *Client) once(ctx context.Context, r repo, req request) (*http.Response,
 	}
 }
 
+// verbatim sends req with the Authorization header that r was opened with. Nobody
+// here can renew that one.
+func (c *Client) verbatim(ctx context.Context, r repo, req request) (*http.Response, error) {
+	resp, err := c.send(ctx, r, req, r.authorization)
+	if err != nil || slices.Contains(req.ok, resp.StatusCode) {
+		return resp, err
+	}
+	defer drain(resp)
+	return nil, r.meaning(ctx, resp)
+}
+
 // meaning classifies an unexpected answer. A 404 that bears no mark of a
 // registry may come from a proxy whose registry is away for a moment; "not
 // found" would have targets removed, so the registry itself is asked for first.
 func (h *host) meaning(ctx context.Context, resp *http.Response) error {
 	e := statusError(resp)
+	if resp.StatusCode == http.StatusUnauthorized && h.same(resp.Request.URL) {
+		e.challenge = resp.Header.Values("WWW-Authenticate")
+	}
 	if resp.StatusCode != http.StatusNotFound || resp.Header.Get("Docker-Distribution-Api-Version") != "" {
 		return classify(e)
 	}
