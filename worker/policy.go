@@ -2,8 +2,6 @@ package worker
 
 import (
 	"fmt"
-	"path"
-	"strings"
 
 	"accel"
 )
@@ -26,8 +24,7 @@ func (m VerifyMode) valid() bool {
 }
 
 // RepositoryPolicy says which repositories are converted, by globs over
-// "host/path" in which * matches within one path element and a trailing /**
-// everything below. Deny wins; an empty Allow allows all.
+// "host/path" (see accel.MatchRepository). Deny wins; an empty Allow allows all.
 type RepositoryPolicy struct {
 	Allow []string
 	Deny  []string
@@ -36,8 +33,8 @@ type RepositoryPolicy struct {
 func (p RepositoryPolicy) validate() error {
 	for key, globs := range map[string][]string{"policy.allow": p.Allow, "policy.deny": p.Deny} {
 		for _, g := range globs {
-			if _, err := path.Match(strings.TrimSuffix(g, "/**"), ""); err != nil {
-				return fmt.Errorf("%w: %s %q: %w", accel.ErrInvalid, key, g, err)
+			if err := accel.CheckRepositoryGlob(g); err != nil {
+				return fmt.Errorf("%s: %w", key, err)
 			}
 		}
 	}
@@ -47,7 +44,7 @@ func (p RepositoryPolicy) validate() error {
 // check returns a Rejection where repository may not be converted.
 func (p RepositoryPolicy) check(repository string) error {
 	for _, g := range p.Deny {
-		if matchRepository(g, repository) {
+		if accel.MatchRepository(g, repository) {
 			return &accel.Rejection{Rule: "policy.deny", Detail: fmt.Sprintf("repository %s matches %q", repository, g)}
 		}
 	}
@@ -55,25 +52,9 @@ func (p RepositoryPolicy) check(repository string) error {
 		return nil
 	}
 	for _, g := range p.Allow {
-		if matchRepository(g, repository) {
+		if accel.MatchRepository(g, repository) {
 			return nil
 		}
 	}
 	return &accel.Rejection{Rule: "policy.allow", Detail: fmt.Sprintf("repository %s matches none of %q", repository, p.Allow)}
-}
-
-// matchRepository reports whether the glob matches; validate has ruled out
-// malformed ones.
-func matchRepository(glob, repository string) bool {
-	if base, ok := strings.CutSuffix(glob, "/**"); ok {
-		depth := strings.Count(base, "/") + 1
-		parts := strings.Split(repository, "/")
-		if len(parts) <= depth {
-			return false
-		}
-		ok, _ := path.Match(base, strings.Join(parts[:depth], "/"))
-		return ok
-	}
-	ok, _ := path.Match(glob, repository)
-	return ok
 }

@@ -79,7 +79,7 @@ func (r *Reconciler) pass(ctx context.Context, pattern string) error {
 		}
 		repositories = nil
 		for _, p := range paths {
-			if matchRepository(pattern, host+"/"+p) {
+			if accel.MatchRepository(pattern, host+"/"+p) {
 				repositories = append(repositories, host+"/"+p)
 			}
 		}
