@@ -28,15 +28,18 @@
 package mirror
 
 import (
-	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
 	"log/slog"
-	"net/http"
 	"time"
 
 	"accel"
 	"accel/cache"
+	"accel/internal/keylock"
 	"accel/registry"
 
+	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -63,32 +66,112 @@ type Options struct {
 	Patience, Pause time.Duration
 	// Key makes the digests by which credentials are remembered; at least 32 random bytes, kept
 	// with the store. Empty: random, so that grants end with the process.
-	Key        []byte
-	Registerer prometheus.Registerer // nil: no metrics
-	Log        *slog.Logger          // nil: slog.Default
-	Now        func() time.Time      // nil: time.Now
+	Key []byte
+	// ClientPatience is how long a client may take nothing of what is sent to it before
+	// its connection is ended; default 2 min.
+	ClientPatience time.Duration
+	Registerer     prometheus.Registerer // nil: no metrics
+	Log            *slog.Logger          // nil: slog.Default
+	Now            func() time.Time      // nil: time.Now
 }
+
+// minKeyBytes of Options.Key; shorter ones could be guessed.
+const minKeyBytes = 32
+
+// The bounds of what is remembered in memory, in entries of about 200 bytes.
+const (
+	maxSizes    = 100_000 // blobs that a served manifest named
+	maxRefusals = 4096    // repositories that the node's own credentials do not open
+	maxHosts    = 256     // as many as registry.Client keeps
+)
 
 // Mirror serves and warms. It is safe for concurrent use and starts nothing of
 // its own: what it fetches runs in the store.
 type Mirror struct {
-	o Options
+	o       Options
+	metrics *metrics
+	// asking lets one of several equal requests ask upstream; the others find its answer in the store.
+	asking keylock.Mutex
+	// sizes of blobs as the manifests of a repository tell them, which saves a HEAD.
+	sizes *lru.Cache[sizeKey, int64]
+	// refusals of the node's own credentials, for a short while, and what the
+	// registry wanted instead.
+	refusals   *lru.Cache[string, refusal]
+	challenges *lru.Cache[string, challenge]
+	paused     *lru.Cache[string, pause] // hosts that did not answer
 }
+
+type sizeKey struct {
+	repository string
+	digest     digest.Digest
+}
+
+// refusal, challenge and pause are what a registry said last, and when.
+type (
+	refusal struct {
+		err error
+		at  time.Time
+	}
+	challenge struct {
+		values []string // of WWW-Authenticate
+		at     time.Time
+	}
+	pause struct {
+		err error
+		at  time.Time
+	}
+)
 
 // New checks o. accel.ErrInvalid where something is missing or contradictory.
-func New(o Options) (*Mirror, error) { return &Mirror{o: o}, nil }
-
-// ServeHTTP answers one request. The handler must see the path as it came (no http.ServeMux that
-// cleans paths before it); w should be the server's own, so that content goes by sendfile.
-func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	http.NotFound(w, r)
-}
-
-// Warm brings image ("host/path:tag" or "host/path@digest") and its layers for platform
-// ("os/arch[/variant]"; empty: this machine's), with the node's own credentials and behind what clients wait
-// for. progress, which may be nil, is told the layer bytes that were brought and those of the
-// whole image. It returns what image was resolved to, also with an error where that much was known. What is
-// there already is not brought again.
-func (m *Mirror) Warm(ctx context.Context, image, platform string, progress func(fetchedBytes, totalBytes int64)) (accel.Tally, digest.Digest, error) {
-	return accel.Tally{}, "", accel.ErrNotFound
+func New(o Options) (*Mirror, error) {
+	if o.Store == nil || o.Registry == nil {
+		return nil, fmt.Errorf("%w: a mirror needs a store and a registry client", accel.ErrInvalid)
+	}
+	if o.Default != "" {
+		host, err := o.Registry.Canonical(o.Default)
+		if err != nil {
+			return nil, fmt.Errorf("default registry of the mirror: %w", err)
+		}
+		o.Default = host
+	}
+	switch {
+	case len(o.Key) == 0:
+		o.Key = make([]byte, minKeyBytes)
+		if _, err := rand.Read(o.Key); err != nil {
+			return nil, fmt.Errorf("key of the mirror: %w", err)
+		}
+	case len(o.Key) < minKeyBytes:
+		return nil, fmt.Errorf("%w: the mirror's key has %d bytes, want at least %d", accel.ErrInvalid, len(o.Key), minKeyBytes)
+	}
+	for _, d := range []struct {
+		set   *time.Duration
+		value time.Duration
+	}{
+		{&o.TagTTL, time.Minute}, {&o.GrantTTL, 5 * time.Minute}, {&o.GrantGrace, 24 * time.Hour},
+		{&o.Patience, 3 * time.Second}, {&o.Pause, 15 * time.Second}, {&o.ClientPatience, 2 * time.Minute},
+	} {
+		if *d.set == 0 {
+			*d.set = d.value
+		}
+	}
+	if o.Patience < 0 || o.Pause < 0 || o.ClientPatience < 0 {
+		return nil, fmt.Errorf("%w: Patience, Pause and ClientPatience of a mirror are not negative", accel.ErrInvalid)
+	}
+	if o.Observe == nil {
+		o.Observe = func(accel.Transfer) {}
+	}
+	if o.Log == nil {
+		o.Log = slog.Default()
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	m := &Mirror{o: o}
+	var errs [5]error
+	m.metrics, errs[0] = newMetrics(o.Registerer)
+	m.sizes, errs[1] = lru.New[sizeKey, int64](maxSizes)
+	m.refusals, errs[2] = lru.New[string, refusal](maxRefusals)
+	m.challenges, errs[3] = lru.New[string, challenge](maxHosts)
+	m.paused, errs[4] = lru.New[string, pause](maxHosts)
+	return m, errors.Join(errs[:]...)
 }

@@ -1,0 +1,172 @@
+package mirror
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"accel"
+	"accel/cache"
+
+	"github.com/containerd/platforms"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+)
+
+const (
+	// warmParallel layers are brought at a time, as containerd does for a client.
+	warmParallel = 3
+	// maxIndexDepth bounds indexes within indexes, as package registry does.
+	maxIndexDepth = 4
+)
+
+// Warm brings image ("host/path:tag" or "host/path@digest") and its layers for platform
+// ("os/arch[/variant]"; empty: this machine's), with the node's own credentials and behind what clients wait
+// for. progress, which may be nil, is told the layer bytes that were brought and those of the
+// whole image. It returns what image was resolved to, also with an error where that much was known. What is
+// there already is not brought again.
+func (m *Mirror) Warm(ctx context.Context, image, platform string, progress func(fetchedBytes, totalBytes int64)) (accel.Tally, digest.Digest, error) {
+	ref, err := accel.ParseReference(image)
+	if err != nil {
+		return accel.Tally{}, "", err
+	}
+	want := platforms.DefaultSpec()
+	if platform != "" {
+		if want, err = platforms.Parse(platform); err != nil {
+			return accel.Tally{}, "", fmt.Errorf("%w: platform %q: %w", accel.ErrInvalid, platform, err)
+		}
+	}
+	a, err := m.access(ref.Registry, ref.Repository, "")
+	if err != nil {
+		return accel.Tally{}, "", err
+	}
+	var top resolved
+	if ref.Digest != "" {
+		top, err = a.manifestByDigest(ctx, ref.Digest)
+	} else {
+		top, err = a.manifestByTag(ctx, ref.Tag, 0)
+	}
+	if err != nil {
+		return accel.Tally{}, ref.Digest, err
+	}
+	chosen, err := a.choose(ctx, top.Manifest, want)
+	if err != nil {
+		return accel.Tally{}, top.Digest, fmt.Errorf("%s: %w", image, err)
+	}
+	tally, err := a.bring(ctx, chosen, progress)
+	return tally, top.Digest, err
+}
+
+// choose finds the image of a platform in an index; an image that stands alone is it.
+func (a access) choose(ctx context.Context, held cache.Manifest, want ocispec.Platform) (cache.Manifest, error) {
+	fits := platforms.Only(want)
+	for range maxIndexDepth {
+		a.describe(held)
+		if !types.MediaType(held.MediaType).IsIndex() {
+			return held, nil
+		}
+		var index ocispec.Index
+		if err := json.Unmarshal(held.Raw, &index); err != nil {
+			return cache.Manifest{}, fmt.Errorf("%w: index %s: %w", accel.ErrInvalid, held.Digest, err)
+		}
+		var best *ocispec.Descriptor
+		var others []string
+		for i, d := range index.Manifests {
+			switch {
+			case d.Platform == nil && !types.MediaType(d.MediaType).IsIndex():
+				others = append(others, "one without a platform")
+			case d.Platform != nil && !fits.Match(*d.Platform):
+				others = append(others, platforms.Format(*d.Platform))
+			case best == nil || d.Platform != nil && (best.Platform == nil || fits.Less(*d.Platform, *best.Platform)):
+				best = &index.Manifests[i]
+			}
+		}
+		if best == nil {
+			return cache.Manifest{}, fmt.Errorf("%w: no image for %s, only %s", accel.ErrNotFound, platforms.Format(want), strings.Join(others, ", "))
+		}
+		next, err := a.manifestByDigest(ctx, best.Digest)
+		if err != nil {
+			return cache.Manifest{}, err
+		}
+		held = next.Manifest
+	}
+	return cache.Manifest{}, fmt.Errorf("%w: index nested more than %d deep", accel.ErrInvalid, maxIndexDepth)
+}
+
+// bring has the store fetch an image's config and layers.
+func (a access) bring(ctx context.Context, held cache.Manifest, progress func(fetchedBytes, totalBytes int64)) (accel.Tally, error) {
+	var image ocispec.Manifest
+	if err := json.Unmarshal(held.Raw, &image); err != nil {
+		return accel.Tally{}, fmt.Errorf("%w: manifest %s: %w", accel.ErrInvalid, held.Digest, err)
+	}
+	var blobs []ocispec.Descriptor
+	var total int64
+	seen := map[digest.Digest]bool{}
+	for i, d := range append(slices.Clone(image.Layers), image.Config) {
+		if seen[d.Digest] || !types.MediaType(d.MediaType).IsDistributable() || d.Digest == "" {
+			continue // foreign layers come from elsewhere, if at all
+		}
+		seen[d.Digest] = true
+		if err := d.Digest.Validate(); err != nil || d.Size < 0 {
+			return accel.Tally{}, fmt.Errorf("%w: manifest %s names blob %q of %d bytes", accel.ErrInvalid, held.Digest, d.Digest, d.Size)
+		}
+		blobs = append(blobs, d)
+		if i < len(image.Layers) {
+			total += d.Size
+		}
+	}
+	var mu sync.Mutex
+	var fetched int64
+	report := func(n int64) {
+		mu.Lock()
+		defer mu.Unlock()
+		fetched += n
+		if progress != nil {
+			progress(min(fetched, total), total)
+		}
+	}
+	report(0)
+	var tally accel.Tally
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(warmParallel)
+	for _, d := range blobs {
+		group.Go(func() error {
+			var came atomic.Int64
+			f := &fetcher{access: a, digest: d.Digest, sizeBytes: d.Size}
+			layer := d.Digest != image.Config.Digest
+			if layer {
+				f.count = func(n int) {
+					came.Add(int64(n))
+					report(int64(n))
+				}
+			}
+			got, err := a.m.o.Store.Ensure(ctx, accel.BlobDescriptor{Digest: d.Digest, SizeBytes: d.Size}, f, true)
+			mu.Lock()
+			tally.Add(got)
+			mu.Unlock()
+			if layer { // what came by another's fetcher was not counted on the way
+				report(got.RegistryBytes + got.PeerBytes + got.SharedBytes - came.Load())
+			}
+			if err != nil {
+				return fmt.Errorf("blob %s: %w", d.Digest, err)
+			}
+			return a.prove(ctx, d.Digest)
+		})
+	}
+	err := group.Wait()
+	a.m.metrics.tally(tally)
+	return tally, err
+}
+
+// prove finds out whether this repository holds what the store has from another
+// one, so that clients need not ask.
+func (a access) prove(ctx context.Context, d digest.Digest) error {
+	_, err := a.blobAccess(ctx, d, true)
+	return err
+}
