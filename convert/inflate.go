@@ -8,7 +8,8 @@ import (
 	"fmt"
 	"io"
 
-	"github.com/klauspost/compress/gzip"
+	"accel/internal/gunzip"
+
 	"github.com/klauspost/compress/zstd"
 )
 
@@ -126,12 +127,7 @@ func newInflater(br *bufio.Reader) (io.ReadCloser, error) {
 	}
 	switch {
 	case bytes.HasPrefix(head, gzipMagic):
-		zr, err := gzip.NewReader(br)
-		if err != nil {
-			return nil, err
-		}
-		zr.Multistream(false)
-		return &members{br: br, zr: zr}, nil
+		return io.NopCloser(gunzip.NewReader(br)), nil
 	case bytes.Equal(head, zstdMagic), len(head) == 4 && head[0]&0xf0 == 0x50 && bytes.Equal(head[1:], zstdSkippable):
 		zr, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxZstdWindowBytes))
 		if err != nil {
@@ -142,41 +138,6 @@ func newInflater(br *bufio.Reader) (io.ReadCloser, error) {
 		return io.NopCloser(br), nil
 	}
 }
-
-// members reads concatenated gzip members, and stops at whatever follows the
-// last one: gzip(1) ignores padding and garbage there too, and such layers exist.
-type members struct {
-	br *bufio.Reader
-	zr *gzip.Reader
-}
-
-func (m *members) Read(p []byte) (int, error) {
-	for {
-		n, err := m.zr.Read(p)
-		if n > 0 {
-			if errors.Is(err, io.EOF) {
-				err = nil
-			}
-			return n, err
-		}
-		if !errors.Is(err, io.EOF) {
-			return 0, err
-		}
-		next, err := m.br.Peek(len(gzipMagic))
-		if err != nil && !errors.Is(err, io.EOF) {
-			return 0, err
-		}
-		if !bytes.Equal(next, gzipMagic) {
-			return 0, io.EOF
-		}
-		if err := m.zr.Reset(m.br); err != nil {
-			return 0, err
-		}
-		m.zr.Multistream(false)
-	}
-}
-
-func (m *members) Close() error { return m.zr.Close() }
 
 // Read-ahead between the inflating goroutine and the parsing one.
 const (
