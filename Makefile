@@ -3,7 +3,7 @@ GO            ?= go
 GOLANGCI_LINT := v2.15.0
 TOOLS         := $(CURDIR)/.tools
 
-.PHONY: run build test test-long lint fuzz bench clean tools setup
+.PHONY: run build test test-long lint fuzz bench bench-convert clean tools setup
 
 run: build ## start accel with an embedded registry under ./accel-data
 	./bin/accel up
@@ -36,6 +36,9 @@ fuzz: ## each fuzz target for a minute
 
 bench: build ## the service's figures; rows go to bench/out/serve.jsonl too
 	$(GO) run ./bench/serve
+
+bench-convert: ## conversion of a 1 GB image next to the stock library and gzip
+	$(GO) run ./bench/convert
 
 clean:
 	rm -rf bin bench/out

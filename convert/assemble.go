@@ -92,7 +92,7 @@ func (r *run) annotate(source map[string]string, d v1.Hash) map[string]string {
 	}
 	a[accel.AnnotationSourceRepository] = r.source.Repository
 	a[accel.AnnotationSourceDigest] = d.String()
-	a[accel.AnnotationParams] = r.Params.Fingerprint()
+	a[accel.AnnotationParams] = r.fingerprint()
 	return a
 }
 
@@ -197,7 +197,7 @@ func (r *run) mapping(p *imagePlan, target v1.Hash) accel.Mapping {
 		SourceIndex:      p.index,
 		Platform:         p.name,
 		TargetManifest:   digest.Digest(target.String()),
-		Params:           r.Params.Fingerprint(),
+		Params:           r.fingerprint(),
 		Layers:           []accel.LayerMapping{},
 	}
 	for _, l := range p.parts {

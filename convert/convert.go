@@ -183,6 +183,12 @@ type Options struct {
 	Progress func(Progress)
 	// Memo spares the conversion of layers that were converted before. May be nil.
 	Memo Memo
+	// Prioritized are paths in the image, at most 100,000, whose entries come first
+	// in their layers, in this order and followed by the prefetch landmark: a stock
+	// stargz-snapshotter fetches them before it lets a container start. Layers with
+	// such entries are no longer shared with conversions of another list. Empty: the
+	// source's order stays.
+	Prioritized []string
 }
 
 // Progress of one layer.
@@ -223,7 +229,11 @@ func (c *Converter) Convert(ctx context.Context, src Source, o Options) (_ *Resu
 	if (src.Image == nil) == (src.Index == nil) {
 		return nil, accel.Permanent(fmt.Errorf("%w: want exactly one of image and index", accel.ErrInvalid))
 	}
-	r := &run{Converter: c, source: src, options: o, files: &files{dir: c.TempDir}, jobs: map[v1.Hash]*job{}}
+	first, err := newPriorities(o.Prioritized)
+	if err != nil {
+		return nil, accel.Permanent(err)
+	}
+	r := &run{Converter: c, source: src, options: o, priorities: first, files: &files{dir: c.TempDir}, jobs: map[v1.Hash]*job{}}
 	defer func() {
 		if err != nil {
 			err = joinClose(err, r.files)

@@ -82,7 +82,7 @@ func (r *run) recall(ctx context.Context, j *job) *LayerMemo {
 	if r.options.Memo == nil {
 		return nil
 	}
-	m, ok, err := r.options.Memo.Lookup(ctx, j.source, r.Params.Fingerprint())
+	m, ok, err := r.options.Memo.Lookup(ctx, j.source, r.fingerprint())
 	if err != nil {
 		r.Log.Warn("the layer memo does not answer; the layer is converted again", "layer", j.source, "error", err)
 		return nil
@@ -121,7 +121,7 @@ func (r *run) layerDone(ctx context.Context, j *job) error {
 	if r.options.Memo == nil || j.hit {
 		return nil
 	}
-	if err := r.options.Memo.Remember(ctx, j.source, r.Params.Fingerprint(), *j.memo); err != nil {
+	if err := r.options.Memo.Remember(ctx, j.source, r.fingerprint(), *j.memo); err != nil {
 		r.Log.Warn("cannot remember a converted layer; it will be converted again", "layer", j.source, "error", err)
 	}
 	return nil

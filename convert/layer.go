@@ -74,8 +74,9 @@ func (r *run) convertStream(ctx context.Context, j *job, src *source, rc io.Clos
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, nil, err
 	}
-	if j.annotations[estargz.TOCJSONDigestAnnotation] == "" && !looksLikeEstargz(head) {
-		return r.build(ctx, j, src, rc)
+	candidate := j.annotations[estargz.TOCJSONDigestAnnotation] != "" || looksLikeEstargz(head)
+	if !candidate && len(r.priorities.paths) == 0 {
+		return r.build(ctx, j, src, rc, nil)
 	}
 	f, err := r.files.create()
 	if err != nil {
@@ -85,18 +86,27 @@ func (r *run) convertStream(ctx context.Context, j *job, src *source, rc io.Clos
 	if err != nil {
 		return nil, nil, fmt.Errorf("spill a layer: %w", err)
 	}
-	memo, err := r.keep(ctx, j, f, sizeBytes)
-	if err != nil {
-		return nil, nil, err
+	if candidate {
+		memo, err := r.keep(ctx, j, f, sizeBytes)
+		if err != nil {
+			return nil, nil, err
+		}
+		if memo != nil {
+			return memo, &spilled{f: f, sizeBytes: sizeBytes, digest: memo.Target, diffID: memo.DiffID}, nil
+		}
 	}
-	if memo != nil {
-		return memo, &spilled{f: f, sizeBytes: sizeBytes, digest: memo.Target, diffID: memo.DiffID}, nil
+	var order *ordering
+	if len(r.priorities.paths) > 0 {
+		if order, err = r.prioritize(ctx, f, sizeBytes); err != nil {
+			return nil, nil, err
+		}
 	}
-	return r.build(ctx, j, newSource(io.NewSectionReader(f, 0, sizeBytes), nil), nil)
+	return r.build(ctx, j, newSource(io.NewSectionReader(f, 0, sizeBytes), nil), nil, order)
 }
 
-// build runs the pipeline. rc is what src reads from, nil where that never hangs.
-func (r *run) build(ctx context.Context, j *job, src *source, rc io.Closer) (*LayerMemo, v1.Layer, error) {
+// build runs the pipeline. rc is what src reads from, nil where that never
+// hangs; without an order the layer's own stays.
+func (r *run) build(ctx context.Context, j *job, src *source, rc io.Closer, order *ordering) (*LayerMemo, v1.Layer, error) {
 	f, err := r.files.create()
 	if err != nil {
 		return nil, nil, err
@@ -116,6 +126,12 @@ func (r *run) build(ctx context.Context, j *job, src *source, rc io.Closer) (*La
 	out := newLayout(gctx, group, r.Converter, b)
 	stream := newAhead(gctx)
 	scan := newScan(stream, out, r.Params.ChunkBytes, j.count)
+	if order != nil {
+		if scan.rec.r, err = order.reader(stream); err != nil {
+			return nil, nil, err
+		}
+		scan.landmark = estargz.PrefetchLandmark
+	}
 	var chunks []chunk
 	var sourceDiffID sum
 	group.Go(guarded("inflating", func() error { return stream.fill(src, j.count) }))
@@ -123,6 +139,9 @@ func (r *run) build(ctx context.Context, j *job, src *source, rc io.Closer) (*La
 	group.Go(func() (err error) { chunks, err = out.Run(); return err })
 	if err := group.Wait(); err != nil {
 		return nil, nil, err
+	}
+	if order != nil {
+		sourceDiffID = order.diffID
 	}
 	if got := digestOf(sourceDiffID); got != j.diffID {
 		return nil, nil, malformed("its uncompressed digest is %s, the image config says %s", got, j.diffID)

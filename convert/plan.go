@@ -36,9 +36,10 @@ const (
 // run is one call of Convert.
 type run struct {
 	*Converter
-	source  Source
-	options Options
-	files   *files
+	source     Source
+	options    Options
+	priorities priorities
+	files      *files
 
 	jobs    map[v1.Hash]*job // distinct layers by source digest
 	order   []*job           // the same, as they were found

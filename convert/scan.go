@@ -63,6 +63,9 @@ type scan struct {
 	chunkBytes int64
 	holes      func(n int64) error // counts the bytes that sparse files' holes become
 	entries    int
+	// landmark is one that the stream brings along, after the prioritized entries;
+	// empty where finish makes the one that says that there are none.
+	landmark string
 }
 
 func newScan(r io.Reader, out *layout, chunkBytes int64, holes func(int64) error) *scan {
@@ -148,7 +151,7 @@ func (s *scan) entry(h *tar.Header) error {
 			}
 		}
 	}
-	if reserved[clean(e.name)] {
+	if name := clean(e.name); reserved[name] && name != s.landmark {
 		return nil // left over from an earlier conversion; the TOC has its own
 	}
 	return s.tree.add(e)
@@ -179,9 +182,7 @@ func (s *scan) content(e *entry, r io.Reader) error {
 	return nil
 }
 
-// finish ends the output with the landmark, which says that nothing needs to be
-// fetched ahead. The stock library has it in front; snapshotters look it up by
-// name, and here it lets source and output share one pass of SHA-256.
+// finish ends the output, with a landmark where the stream had none.
 func (s *scan) finish(rest []byte) (sum, error) {
 	s.fork(rest)
 	if _, err := io.Copy(io.Discard, &s.rec); err != nil {
@@ -190,19 +191,10 @@ func (s *scan) finish(rest []byte) (sum, error) {
 	if _, err := s.out.Write(zeroes[:padding(s.out.n)]); err != nil { // a source may lack the last one
 		return sum{}, err
 	}
-	mark := &tar.Header{Name: estargz.NoPrefetchLandmark, Typeflag: tar.TypeReg, Size: 1}
-	if err := tar.NewWriter(s.out).WriteHeader(mark); err != nil {
-		return sum{}, err
-	}
-	e := &entry{name: mark.Name, kind: tar.TypeReg, size: 1, seq: s.entries}
-	if err := s.content(e, bytes.NewReader([]byte{0xf})); err != nil {
-		return sum{}, err
-	}
-	if _, err := s.out.Write(zeroes[:padding(s.out.n)]); err != nil {
-		return sum{}, err
-	}
-	if err := s.tree.add(e); err != nil {
-		return sum{}, err
+	if s.landmark == "" {
+		if err := s.noPrefetch(); err != nil {
+			return sum{}, err
+		}
 	}
 	if err := s.tree.finish(); err != nil {
 		return sum{}, err
@@ -210,6 +202,24 @@ func (s *scan) finish(rest []byte) (sum, error) {
 	var source sum
 	s.rec.source.Sum(source[:0])
 	return source, s.out.close()
+}
+
+// noPrefetch writes the landmark that says that nothing needs to be fetched
+// ahead. The stock library has it in front; snapshotters look it up by name, and
+// here it lets source and output share one pass of SHA-256.
+func (s *scan) noPrefetch() error {
+	mark := &tar.Header{Name: estargz.NoPrefetchLandmark, Typeflag: tar.TypeReg, Size: 1}
+	if err := tar.NewWriter(s.out).WriteHeader(mark); err != nil {
+		return err
+	}
+	e := &entry{name: mark.Name, kind: tar.TypeReg, size: 1, seq: s.entries}
+	if err := s.content(e, bytes.NewReader([]byte{0xf})); err != nil {
+		return err
+	}
+	if _, err := s.out.Write(zeroes[:padding(s.out.n)]); err != nil {
+		return err
+	}
+	return s.tree.add(e)
 }
 
 // explain tells an error of the stream below from one of the tar.

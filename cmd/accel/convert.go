@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"sync"
 	"text/tabwriter"
 	"time"
@@ -35,19 +36,29 @@ func newConvert(g *globals) *cobra.Command {
 	chunk, limit := def.Convert.ChunkSize, def.Policy.MaxUncompressedSize
 	level := def.Convert.Level
 	var platforms []string
+	var prioritize string
 	var plainHTTP bool
 	cmd := &cobra.Command{
 		Use: "convert SRC DST", Short: "Convert one image, without a server", Args: exactArgs("SRC", "DST"),
 		Long: `SRC and DST are each a registry reference, oci:DIR, oci-archive:FILE or
 docker-archive:FILE. Registries are reached with the credentials of this machine.
-The same source and options give the same digest, always.`,
+The same source and options give the same digest, always.
+
+--prioritize is for fleets that run the stock stargz-snapshotter, which fetches the
+files that it names before a container starts. Layers that hold such files are no
+longer shared with images converted by another list.`,
 		Example: `  accel convert registry.example/app:v1 registry.example/app:v1-esgz
   accel convert docker-archive:app.tar oci:./out --platform linux/amd64
-  accel convert oci:./image 127.0.0.1:5000/app:v1-esgz --level 9 -o json`,
+  accel convert oci:./image 127.0.0.1:5000/app:v1-esgz --level 9 -o json
+  accel convert registry.example/app:v1 registry.example/app:v1-stock --prioritize files.txt`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			params := convert.Params{ChunkBytes: int64(chunk), Level: level}
 			policy := convert.Policy{Platforms: platforms, MaxUncompressedBytes: int64(limit)}
-			out, err := convertOne(cmd.Context(), args[0], args[1], plainHTTP, params, policy, cmd.ErrOrStderr())
+			first, err := readList(prioritize)
+			if err != nil {
+				return usage(fmt.Errorf("--prioritize: %w", err))
+			}
+			out, err := convertOne(cmd.Context(), args[0], args[1], plainHTTP, params, policy, first, cmd.ErrOrStderr())
 			if err != nil {
 				return err
 			}
@@ -65,8 +76,38 @@ The same source and options give the same digest, always.`,
 	f.IntVar(&level, "level", level, "gzip level, 1 to 9")
 	f.Var(sizeFlag{&chunk}, "chunk-size", "uncompressed bytes of a chunk")
 	f.Var(sizeFlag{&limit}, "max-uncompressed-size", "refuse larger images")
+	f.StringVar(&prioritize, "prioritize", "", "file with one path of the image on each line, in the order in which a start reads them")
 	f.BoolVar(&plainHTTP, "plain-http", false, "speak HTTP to registries, not HTTPS (loopback names always are)")
 	return cmd
+}
+
+// maxListBytes bounds a list of files: 100,000 names of a usual length.
+const maxListBytes = 16 << 20
+
+// readList reads lines; empty ones do not count, and no path means no list.
+func readList(path string) ([]string, error) {
+	if path == "" {
+		return nil, nil
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxListBytes+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(text) > maxListBytes {
+		return nil, fmt.Errorf("%s has more than %d bytes", path, maxListBytes)
+	}
+	var list []string
+	for line := range strings.Lines(string(text)) {
+		if line = strings.TrimRight(line, "\r\n"); line != "" {
+			list = append(list, line)
+		}
+	}
+	return list, nil
 }
 
 // sizeFlag is a size as a flag.
@@ -75,7 +116,7 @@ type sizeFlag struct{ *size }
 func (s sizeFlag) Set(text string) error { return s.UnmarshalText([]byte(text)) }
 func (s sizeFlag) Type() string          { return "size" }
 
-func convertOne(ctx context.Context, from, to string, plainHTTP bool, params convert.Params, policy convert.Policy, progress io.Writer) (_ converted, err error) {
+func convertOne(ctx context.Context, from, to string, plainHTTP bool, params convert.Params, policy convert.Policy, prioritized []string, progress io.Writer) (_ converted, err error) {
 	begin := time.Now()
 	out := converted{Source: from, Target: to}
 	if sameImage(from, to) {
@@ -97,7 +138,7 @@ func convertOne(ctx context.Context, from, to string, plainHTTP bool, params con
 	defer closeSource()
 	show, done := newProgress(progress)
 	c := &convert.Converter{Params: params, Policy: policy, TempDir: temp}
-	res, err := c.Convert(ctx, src, convert.Options{Progress: show})
+	res, err := c.Convert(ctx, src, convert.Options{Progress: show, Prioritized: prioritized})
 	done()
 	if err != nil {
 		return out, fmt.Errorf("convert %s: %w", from, err)
