@@ -103,7 +103,7 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 		return unreachableError{fmt.Errorf("read the answer of %s: %w", c.base, err)}
 	}
 	if res.StatusCode >= http.StatusBadRequest {
-		err := problemError(res.StatusCode, raw)
+		err := ProblemError(res.StatusCode, raw)
 		if res.StatusCode >= http.StatusInternalServerError {
 			return unreachableError{err}
 		}

@@ -40,13 +40,21 @@ func isOurs(err error) bool {
 	return false
 }
 
-// problem is err as the answer to a request. What is no error of accel's is the
-// server's own fault; its words go to the log, not to the caller.
-func (s *server) problem(err error) huma.StatusError {
+// Problem is one of accel's errors as the answer to a request; nil for any other.
+func Problem(err error) huma.StatusError {
 	for _, p := range problems {
 		if errors.Is(err, p.err) {
 			return &huma.ErrorModel{Type: problemType + p.name, Title: http.StatusText(p.status), Status: p.status, Detail: err.Error()}
 		}
+	}
+	return nil
+}
+
+// problem is err as the answer to a request. What is no error of accel's is the
+// server's own fault; its words go to the log, not to the caller.
+func (s *server) problem(err error) huma.StatusError {
+	if p := Problem(err); p != nil {
+		return p
 	}
 	s.Log.Error("request failed", "error", err)
 	return &huma.ErrorModel{Title: http.StatusText(http.StatusInternalServerError), Status: http.StatusInternalServerError, Detail: "internal error; the server's log has the cause"}
@@ -60,8 +68,8 @@ func writeProblem(w http.ResponseWriter, status int, detail string) {
 	json.NewEncoder(w).Encode(huma.ErrorModel{Title: http.StatusText(status), Status: status, Detail: detail})
 }
 
-// problemError rebuilds the server's error from its answer.
-func problemError(status int, body []byte) error {
+// ProblemError rebuilds the server's error from its answer.
+func ProblemError(status int, body []byte) error {
 	var p huma.ErrorModel
 	if err := json.Unmarshal(body, &p); err != nil || p.Title == "" && p.Detail == "" {
 		return fmt.Errorf("the server answered %d: %.200s", status, body)

@@ -74,7 +74,7 @@ func (c *Client) events(ctx context.Context, after uint64, yield func(readiness.
 		if err != nil {
 			return err
 		}
-		return statusError{problemError(res.StatusCode, raw), res.StatusCode}
+		return statusError{ProblemError(res.StatusCode, raw), res.StatusCode}
 	}
 	lines := bufio.NewScanner(res.Body)
 	lines.Buffer(nil, maxEventBytes)

@@ -18,26 +18,30 @@ import (
 // maxConfigBytes bounds a configuration file.
 const maxConfigBytes = 1 << 20
 
-// key is one leaf of config: a dotted path with its place in the struct.
+// key is one leaf of a configuration: a dotted path with its place in the struct.
 type key struct {
-	path string // "policy.max_uncompressed_size"
-	doc  string
-	at   []int
+	path   string // "policy.max_uncompressed_size"
+	doc    string
+	prefix string // of the environment variable
+	kind   reflect.Type
+	at     []int
 }
 
 func (k key) flag() string { return strings.NewReplacer(".", "-", "_", "-").Replace(k.path) }
 func (k key) env() string {
-	return "ACCEL_" + strings.ToUpper(strings.ReplaceAll(k.path, ".", "_"))
+	return k.prefix + strings.ToUpper(strings.ReplaceAll(k.path, ".", "_"))
 }
-func (k key) field(c *config) reflect.Value { return reflect.ValueOf(c).Elem().FieldByIndex(k.at) }
 
-// keys lists the leaves of config in order. A list of structs is one leaf.
-func keys() []key {
+// field is the key's place in a configuration, which conf points to.
+func (k key) field(conf any) reflect.Value { return reflect.ValueOf(conf).Elem().FieldByIndex(k.at) }
+
+// keysOf lists the leaves of a configuration in order. A list of structs is one leaf.
+func keysOf(conf reflect.Type, prefix string) []key {
 	var all []key
-	var walk func(t reflect.Type, prefix string, at []int)
-	walk = func(t reflect.Type, prefix string, at []int) {
+	var walk func(t reflect.Type, under string, at []int)
+	walk = func(t reflect.Type, under string, at []int) {
 		for f := range t.Fields() {
-			k := key{path: prefix + f.Tag.Get("yaml"), doc: f.Tag.Get("doc"), at: append(append([]int(nil), at...), f.Index...)}
+			k := key{path: under + f.Tag.Get("yaml"), doc: f.Tag.Get("doc"), prefix: prefix, kind: f.Type, at: append(append([]int(nil), at...), f.Index...)}
 			if f.Type.Kind() == reflect.Struct {
 				walk(f.Type, k.path+".", k.at)
 				continue
@@ -45,14 +49,17 @@ func keys() []key {
 			all = append(all, k)
 		}
 	}
-	walk(reflect.TypeFor[config](), "", nil)
+	walk(conf, "", nil)
 	return all
 }
 
+// keys lists the leaves of the service's configuration.
+func keys() []key { return keysOf(reflect.TypeFor[config](), "ACCEL_") }
+
 // set gives a key the value that text says: strings, durations and sizes as they
 // are, everything else as YAML.
-func (k key) set(c *config, text string) error {
-	v := k.field(c)
+func (k key) set(conf any, text string) error {
+	v := k.field(conf)
 	switch p := v.Addr().Interface().(type) {
 	case *string:
 		*p = text
@@ -102,27 +109,35 @@ func cleanYAMLError(err error) error {
 	return errors.New(strings.Join(words, "; "))
 }
 
-// configFlags collects what the command line says until load applies it.
-type configFlags struct {
-	file string
-	set  map[string]string
+// configFlags collects what the command line says of a configuration C until load
+// applies it.
+type configFlags[C any] struct {
+	keys     []key
+	defaults func() C
+	file     string
+	set      map[string]string
 }
 
-// bindConfig adds a flag for every key.
-func bindConfig(fs *pflag.FlagSet) *configFlags {
-	c := &configFlags{set: map[string]string{}}
-	def := defaultConfig()
-	for _, k := range keys() {
-		fs.Var(&flagValue{k, c, k.text(&def)}, k.flag(), k.doc+" ("+k.env()+")")
+// bindConfig adds a flag for every key of the service's configuration.
+func bindConfig(fs *pflag.FlagSet) *configFlags[config] {
+	return bind(fs, keys(), defaultConfig, os.Getenv("ACCEL_CONFIG"), "ACCEL_CONFIG")
+}
+
+// bind adds a flag for every key, and --config, which an environment variable stands for too.
+func bind[C any](fs *pflag.FlagSet, keys []key, defaults func() C, file, fileEnv string) *configFlags[C] {
+	c := &configFlags[C]{keys: keys, defaults: defaults, set: map[string]string{}}
+	def := defaults()
+	for _, k := range keys {
+		fs.Var(&flagValue{k, c.set, k.text(&def)}, k.flag(), k.doc+" ("+k.env()+")")
 	}
-	fs.StringVar(&c.file, "config", os.Getenv("ACCEL_CONFIG"), "YAML file with the configuration (ACCEL_CONFIG)")
+	fs.StringVar(&c.file, "config", file, "YAML file with the configuration ("+fileEnv+")")
 	return c
 }
 
 // text is a key's value as set reads it.
-func (k key) text(c *config) string {
-	v := k.field(c)
-	if v.Kind() == reflect.Slice {
+func (k key) text(conf any) string {
+	v := k.field(conf)
+	if v.Kind() == reflect.Slice || v.Kind() == reflect.Map {
 		if v.Len() == 0 {
 			return ""
 		}
@@ -137,23 +152,22 @@ func (k key) text(c *config) string {
 
 type flagValue struct {
 	key
-	flags   *configFlags
+	given   map[string]string // the texts of all flags
 	initial string
 }
 
 func (f *flagValue) String() string {
-	if f == nil || f.flags == nil {
+	if f == nil {
 		return ""
 	}
-	if v, ok := f.flags.set[f.path]; ok {
+	if v, ok := f.given[f.path]; ok {
 		return v
 	}
 	return f.initial
 }
 
 func (f *flagValue) Type() string {
-	var c config
-	switch f.field(&c).Interface().(type) {
+	switch reflect.Zero(f.kind).Interface().(type) {
 	case string:
 		return "text"
 	case time.Duration:
@@ -162,6 +176,8 @@ func (f *flagValue) Type() string {
 		return "size"
 	case int:
 		return "int"
+	case bool:
+		return "bool"
 	default:
 		return "yaml"
 	}
@@ -169,24 +185,26 @@ func (f *flagValue) Type() string {
 
 // Set keeps the text: a flag counts more than the file, which is read later.
 func (f *flagValue) Set(text string) error {
-	var scratch config
-	if err := f.set(&scratch, text); err != nil {
+	alone := f.key // a value of its own to try the text on
+	alone.at = []int{0}
+	scratch := reflect.New(reflect.StructOf([]reflect.StructField{{Name: "V", Type: f.kind}}))
+	if err := alone.set(scratch.Interface(), text); err != nil {
 		return err
 	}
-	f.flags.set[f.path] = text
+	f.given[f.path] = text
 	return nil
 }
 
 // load makes the configuration: defaults, then the file, then the environment,
 // then flags.
-func (c *configFlags) load() (config, error) {
-	conf := defaultConfig()
+func (c *configFlags[C]) load() (C, error) {
+	conf := c.defaults()
 	if c.file != "" {
 		if err := loadFile(c.file, &conf); err != nil {
 			return conf, err
 		}
 	}
-	for _, k := range keys() {
+	for _, k := range c.keys {
 		if text, ok := os.LookupEnv(k.env()); ok {
 			if err := k.set(&conf, text); err != nil {
 				return conf, fmt.Errorf("environment variable %s: %w", k.env(), err)
@@ -201,7 +219,7 @@ func (c *configFlags) load() (config, error) {
 	return conf, nil
 }
 
-func loadFile(path string, conf *config) error {
+func loadFile(path string, conf any) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return fmt.Errorf("configuration: %w", err)
@@ -233,11 +251,16 @@ Durations: 30s, 5m, 1h.
 
 This file is made from the program itself (` + "`accel serve --print-config-docs`" + `).
 
-| key | flag | environment | default | meaning |
-|---|---|---|---|---|
 `)
-	def := defaultConfig()
-	for _, k := range keys() {
+	b.WriteString(configTable(keys(), defaultConfig()))
+	return b.String()
+}
+
+// configTable has a row for each key, as the documents show them.
+func configTable[C any](keys []key, def C) string {
+	var b strings.Builder
+	b.WriteString("| key | flag | environment | default | meaning |\n|---|---|---|---|---|\n")
+	for _, k := range keys {
 		value := k.text(&def)
 		if value != "" {
 			value = "`" + value + "`"
