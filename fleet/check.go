@@ -1,0 +1,75 @@
+package fleet
+
+import (
+	"encoding/json"
+	"fmt"
+
+	"accel"
+
+	"go.etcd.io/bbolt"
+)
+
+// check reads everything and returns an ErrDamaged for the first row that does not agree
+// with the others.
+func (f *Fleet) check(bt *bbolt.Tx) error {
+	bad := func(words string, args ...any) error {
+		return fmt.Errorf("%w: %s: %s", ErrDamaged, f.path, fmt.Sprintf(words, args...))
+	}
+	for _, name := range buckets {
+		if bt.Bucket(name) == nil {
+			return bad("table %s is missing", name)
+		}
+	}
+	wanted := 0
+	counts := map[accel.WarmState]uint64{}
+	err := bt.Bucket(bucketWarms).ForEach(func(k, v []byte) error {
+		var w accel.Warm
+		if err := json.Unmarshal(v, &w); err != nil {
+			return bad("warm %q: %v", k, err)
+		}
+		if w.ID != string(k) || len(w.ID) != idBytes {
+			return bad("warm %q has the id %q", k, w.ID)
+		}
+		counts[w.State]++
+		for _, l := range lines(&w) {
+			wanted++
+			if at, _ := bt.Bucket([]byte(l.bucket)).Cursor().Seek([]byte(l.key)); string(at) != l.key {
+				return bad("warm %q is missing in index %s", k, l.bucket)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, name := range indexes {
+		wanted -= rows(bt.Bucket(name))
+	}
+	if wanted != 0 {
+		return bad("indexes and warms differ by %d rows", -wanted)
+	}
+	for _, s := range warmStates {
+		if n := count(bt, s); n != counts[s] {
+			return bad("%d warms are counted as %s, there are %d", n, s, counts[s])
+		}
+	}
+	err = bt.Bucket(bucketReady).ForEach(func(k, v []byte) error {
+		if len(k) != hashBytes || len(v) < 8 || json.Unmarshal(v[8:], new(readyImage)) != nil {
+			return bad("ready image %x makes no sense", k)
+		}
+		return nil
+	})
+	if err == nil && rows(bt.Bucket(bucketReady)) != rows(bt.Bucket(bucketReadyOrder)) {
+		err = bad("ready images and their order differ")
+	}
+	return err
+}
+
+func rows(b *bbolt.Bucket) int {
+	n := 0
+	cur := b.Cursor()
+	for k, _ := cur.First(); k != nil; k, _ = cur.Next() {
+		n++
+	}
+	return n
+}
