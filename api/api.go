@@ -11,6 +11,7 @@ import (
 	"net/http"
 
 	"accel"
+	"accel/fleet"
 	"accel/readiness"
 	"accel/trust"
 	"accel/webhook"
@@ -48,6 +49,8 @@ type Options struct {
 	Canonical func(host string) (string, error)
 	Keys      *trust.Keyring
 	Lifecycle Lifecycle
+	// Fleet has the nodes and what is brought to them; nil: these routes are absent.
+	Fleet *fleet.Fleet
 	// Tokens that are accepted. Without any, Open must say that none is needed.
 	Tokens []Token
 	Open   bool
@@ -117,6 +120,10 @@ func New(o Options) (http.Handler, error) {
 	s.eventRoutes(routes)
 	s.trustRoutes(routes)
 	s.lifecycleRoutes(routes)
+	if s.Fleet != nil {
+		s.nodeRoutes(routes)
+		s.warmRoutes(routes)
+	}
 
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", s.readyz)

@@ -2,12 +2,16 @@ package api
 
 import (
 	"context"
+	"errors"
 	"iter"
 	"net/http"
 	"net/url"
 	"time"
 
 	"accel"
+	"accel/fleet"
+
+	"github.com/danielgtaylor/huma/v2"
 )
 
 // WarmRequest asks for an image to be brought to nodes.
@@ -20,6 +24,125 @@ type WarmRequest struct {
 type WarmList struct {
 	Warms []accel.Warm `json:"warms"`
 	Next  string       `json:"next,omitempty" doc:"cursor of the next page; absent on the last"`
+}
+
+type warmInput struct {
+	Body WarmRequest
+}
+
+type warmsOutput struct {
+	Body WarmList
+}
+
+type warmOutput struct {
+	Body accel.Warm
+}
+
+type reportInput struct {
+	ID   string `path:"id" doc:"id of a warm, as in the body" maxLength:"100"`
+	Body accel.Warm
+}
+
+type warmsInput struct {
+	Image  string `query:"image" doc:"only this image, by tag or digest; a tag means the image that has it now too" maxLength:"1024"`
+	Node   string `query:"node" doc:"only of this node" maxLength:"253"`
+	Cursor string `query:"cursor" doc:"next of the page before" maxLength:"200"`
+	Limit  int    `query:"limit" minimum:"1" maximum:"500" default:"50" doc:"warms per page"`
+}
+
+func warmsOf(warms []accel.Warm, next string) *warmsOutput {
+	if warms == nil {
+		warms = []accel.Warm{}
+	}
+	return &warmsOutput{Body: WarmList{Warms: warms, Next: next}}
+}
+
+func (s *server) warmRoutes(routes huma.API) {
+	tags := []string{"Warm"}
+	huma.Register(routes, huma.Operation{
+		OperationID: "warm-image", Method: http.MethodPost, Path: "/v1/warms", Tags: tags, Security: secured(ScopeWrite),
+		Summary:       "Bring an image to nodes ahead of its first start",
+		Description:   "Answers with a warm for each node. Asking for what is Pending or Fetching changes nothing; what is Warm or Failed is looked at again by the node.",
+		DefaultStatus: http.StatusAccepted, MaxBodyBytes: s.MaxBodyBytes, Errors: []int{400, 401, 403, 404, 409},
+	}, func(ctx context.Context, in *warmInput) (*warmsOutput, error) {
+		ref, err := s.anyReference(in.Body.Image)
+		if err != nil {
+			return nil, s.problem(err)
+		}
+		warms, err := s.Fleet.Want(ctx, ref, in.Body.Nodes)
+		if err != nil {
+			return nil, s.problem(err)
+		}
+		return warmsOf(warms, ""), nil
+	})
+	huma.Register(routes, huma.Operation{
+		OperationID: "list-warms", Method: http.MethodGet, Path: "/v1/warms", Tags: tags, Security: secured(ScopeRead),
+		Summary: "List what nodes are to have, newest first", Errors: []int{400, 401, 403},
+	}, s.listWarms)
+	huma.Register(routes, huma.Operation{
+		OperationID: "report-warm", Method: http.MethodPut, Path: "/v1/warms/{id}", Tags: tags, Security: secured(ScopeWrite),
+		Summary:     "Tell how far a node has come with an image",
+		Description: "State (Fetching, Warm or Failed), digest, reason and bytes count. 404 and 409 mean that nobody wants it any more.",
+		// As with heartbeats: what is not known is passed over, and the fleet judges.
+		SkipValidateBody: true, MaxBodyBytes: s.MaxBodyBytes, Errors: []int{400, 401, 403, 404, 409},
+	}, func(ctx context.Context, in *reportInput) (*warmOutput, error) {
+		in.Body.ID = in.ID
+		w, err := s.Fleet.Report(ctx, in.Body)
+		if err != nil {
+			return nil, s.problem(err)
+		}
+		return &warmOutput{Body: w}, nil
+	})
+}
+
+func (s *server) listWarms(ctx context.Context, in *warmsInput) (*warmsOutput, error) {
+	sel := fleet.Filter{Node: in.Node, Cursor: in.Cursor, Limit: in.Limit}
+	if in.Image != "" {
+		ref, err := s.anyReference(in.Image)
+		if err != nil {
+			return nil, s.problem(err)
+		}
+		if sel.Images, err = s.forms(ctx, ref); err != nil {
+			return nil, s.problem(err)
+		}
+	}
+	page, err := s.Fleet.Warms(ctx, sel)
+	if err != nil {
+		return nil, s.problem(err)
+	}
+	return warmsOf(page.Warms, page.Next), nil
+}
+
+// anyReference parses an image reference. Its host may be one that only nodes know,
+// which have an allowlist of their own; one that the server knows gets its canonical form.
+func (s *server) anyReference(image string) (accel.Reference, error) {
+	ref, err := accel.ParseReference(image)
+	if err != nil {
+		return ref, err
+	}
+	if host, err := s.Canonical(ref.Registry); err == nil {
+		ref.Registry = host
+	}
+	return ref, nil
+}
+
+// forms are what an image is brought as: as it was named, and where it has a record, its
+// source and its target by digest, as the rules ask for them.
+func (s *server) forms(ctx context.Context, ref accel.Reference) ([]accel.Reference, error) {
+	all := []accel.Reference{ref}
+	st, err := s.Tracker.Find(ctx, ref)
+	if errors.Is(err, accel.ErrNotFound) {
+		return all, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range []string{st.Image(), accel.Record{Repository: st.Target.Repository, Digest: st.Target.Digest}.Image()} {
+		if form, err := accel.ParseReference(name); err == nil && form.Digest != "" {
+			all = append(all, form)
+		}
+	}
+	return all, nil
 }
 
 // Warm asks for an image to be brought to the named nodes, without any: to all
