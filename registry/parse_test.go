@@ -60,3 +60,38 @@ func FuzzHeaders(f *testing.F) {
 		}
 	})
 }
+
+func TestContentRange(t *testing.T) {
+	for header, want := range map[string][3]int64{
+		"bytes 0-9/10":   {0, 9, 10},
+		"bytes 5-9/*":    {5, 9, -1},
+		"bytes 5-9":      {},
+		"bytes -5-9/10":  {},
+		"bytes 0-9/5":    {},
+		"bytes 0-9/x":    {},
+		"bytes */10":     {},
+		"pages 0-9/10":   {},
+		"":               {},
+		"bytes 0-9/10 x": {0, 9, 10},
+	} {
+		start, end, total, ok := contentRange(header)
+		if ok != (want != [3]int64{}) || ok && want != [3]int64{start, end, total} {
+			t.Errorf("%q: %d %d %d %v", header, start, end, total, ok)
+		}
+	}
+}
+
+func FuzzContentRange(f *testing.F) {
+	f.Add("bytes 0-9/10")
+	f.Add("bytes 9-0/*")
+	f.Fuzz(func(t *testing.T, header string) {
+		if start, end, total, ok := contentRange(header); ok && (start < 0 || total >= 0 && total <= end) {
+			t.Errorf("%q: %d %d %d", header, start, end, total)
+		}
+	})
+}
+
+func FuzzParseChallenge(f *testing.F) {
+	f.Add(`Bearer realm="https://auth.example/token",service="registry"`)
+	f.Fuzz(func(t *testing.T, header string) { parseChallenge(header) })
+}
