@@ -11,7 +11,7 @@ run: build ## start accel with an embedded registry under ./accel-data
 build: ## build bin/accel
 	$(GO) build -trimpath -o bin/accel ./cmd/accel
 
-setup: ## install the Debian packages that the tests drive (says which and why)
+setup: ## install what the tests and benchmarks drive (says which and why)
 	./internal/e2e/setup.sh
 
 test: setup ## everything that belongs in CI, with the race detector

@@ -23,6 +23,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/sirupsen/logrus"
 )
 
 // patience bounds every wait; it is no measure of speed.
@@ -51,6 +52,7 @@ func build(as string, flags ...string) (string, error) {
 var scratch string
 
 func TestMain(m *testing.M) {
+	logrus.SetOutput(io.Discard) // the distribution registry's
 	var err error
 	if scratch, err = os.MkdirTemp("", "accel-e2e-"); err != nil {
 		fmt.Fprintln(os.Stderr, err)

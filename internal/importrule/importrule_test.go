@@ -30,6 +30,7 @@ var may = map[string][]string{
 	"accel/api":                 {"accel", "accel/fleet", "accel/webhook", "accel/readiness", "accel/trust"},
 	"accel/cmd/accel":           {"accel", "accel/fleet", "accel/webhook", "accel/readiness", "accel/readiness/boltstore", "accel/convert", "accel/registry", "accel/trust", "accel/worker", "accel/api"},
 	"accel/internal/e2e":        {},
+	"accel/internal/testbed":    {},
 	"accel/bench/report":        {},
 	"accel/bench/convert":       {"accel/convert", "accel/bench/report", "accel/internal/debimage"},
 	"accel/bench/serve":         {"accel", "accel/readiness", "accel/readiness/boltstore", "accel/convert", "accel/api", "accel/bench/report", "accel/internal/debimage"},
