@@ -18,7 +18,8 @@ type Unit struct {
 
 // content is the unit. It starts before containerd, which may be asked for images at
 // once, but containerd does not need it: what the node does not answer is fetched from
-// the registry. The node tells systemd when it listens (Type=notify).
+// the registry. It does not wait for the network, which would hold containerd up. The
+// node tells systemd when it listens (Type=notify).
 func (u *Unit) content() string {
 	command := unitWord(u.Binary) + " node"
 	if u.ConfigFile != "" {
@@ -30,8 +31,7 @@ func (u *Unit) content() string {
 	}
 	return fmt.Sprintf(`[Unit]
 Description=accel node: container images from a cache on this machine
-Wants=network-online.target
-After=network-online.target
+After=network.target
 Before=containerd.service
 
 [Service]
@@ -39,10 +39,9 @@ Type=notify
 ExecStart=%s
 Restart=always
 RestartSec=1
-TimeoutStartSec=5min
+TimeoutStartSec=60
 TimeoutStopSec=30
-# Only the daemon itself is ended: what serves running containers lives on.
-KillMode=process
+KillMode=mixed
 %sUMask=0077
 LimitNOFILE=1048576
 OOMScoreAdjust=-900

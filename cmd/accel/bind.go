@@ -129,6 +129,9 @@ func bind[C any](fs *pflag.FlagSet, keys []key, defaults func() C, file, fileEnv
 	def := defaults()
 	for _, k := range keys {
 		fs.Var(&flagValue{k, c.set, k.text(&def)}, k.flag(), k.doc+" ("+k.env()+")")
+		if k.kind.Kind() == reflect.Bool {
+			fs.Lookup(k.flag()).NoOptDefVal = "true"
+		}
 	}
 	fs.StringVar(&c.file, "config", file, "YAML file with the configuration ("+fileEnv+")")
 	return c
