@@ -157,7 +157,8 @@ func skopeoClient(t *testing.T, r route) client {
 			if out, err := cmd.CombinedOutput(); err != nil {
 				return "", fmt.Errorf("skopeo: %w: %s", err, out)
 			}
-			return text2digest(os.ReadFile(filepath.Join(dir, "digest")))
+			said, err := os.ReadFile(filepath.Join(dir, "digest"))
+			return strings.TrimSpace(string(said)), err
 		},
 		forget: func(string) error { return os.RemoveAll(filepath.Join(dir, "image")) },
 	}
@@ -180,28 +181,17 @@ func craneClient(t *testing.T, r route) client {
 			if err != nil {
 				return "", err
 			}
-			crane := func(args ...string) ([]byte, error) {
-				cmd := exec.CommandContext(t.Context(), path, append(args, "--insecure")...)
-				cmd.Env = append(os.Environ(), "DOCKER_CONFIG="+filepath.Dir(auth))
-				var said strings.Builder
-				cmd.Stderr = &said
-				out, err := cmd.Output()
-				if err != nil {
-					return nil, fmt.Errorf("crane %s: %w: %s", strings.Join(args, " "), err, said.String())
-				}
-				return out, nil
+			layout := filepath.Join(dir, "image")
+			cmd := exec.CommandContext(t.Context(), path, "pull", "--insecure", "--format", "oci", "--platform", "linux/amd64", host+"/"+rest, layout)
+			cmd.Env = append(os.Environ(), "DOCKER_CONFIG="+filepath.Dir(auth))
+			if out, err := cmd.CombinedOutput(); err != nil {
+				return "", fmt.Errorf("crane: %w: %s", err, out)
 			}
-			if _, err := crane("pull", "--format", "oci", "--platform", "linux/amd64", host+"/"+rest, filepath.Join(dir, "image")); err != nil {
-				return "", err
-			}
-			return text2digest(crane("digest", host+"/"+rest))
+			index, err := os.ReadFile(filepath.Join(layout, "index.json"))
+			return sha256Digest.FindString(string(index)), err
 		},
 		forget: func(string) error { return os.RemoveAll(filepath.Join(dir, "image")) },
 	}
-}
-
-func text2digest(raw []byte, err error) (string, error) {
-	return strings.TrimSpace(string(raw)), err
 }
 
 // dockerConfig writes a config.json with one credential for each host.

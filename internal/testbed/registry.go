@@ -3,14 +3,7 @@ package testbed
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io"
-	"log"
-	"net"
-	"net/http"
-	"os"
 	"path/filepath"
-	"sync"
 
 	"github.com/distribution/distribution/v3/configuration"
 	"github.com/distribution/distribution/v3/registry/handlers"
@@ -21,35 +14,34 @@ import (
 type RegistryOptions struct {
 	// Dir is an empty directory, or that of an earlier registry.
 	Dir string
-	// Address is "127.0.0.1:0" where empty.
+	// Address is one that is free where empty.
 	Address string
 	// Accounts may get tokens; where empty, the registry asks nobody.
 	Accounts []Account
 }
 
-// Registry is a distribution registry over plain HTTP on loopback. Close ends it.
+// Registry is a distribution registry over plain HTTP on loopback, and its token
+// service on another address. Close ends both.
 type Registry struct {
 	app     *handlers.App
-	tokens  *tokenService // nil: asks nobody
 	counter counter
+	server  *server
 	cancel  context.CancelFunc
 
-	mu     sync.Mutex
-	host   string
-	server *http.Server // nil while stopped
-	served chan struct{}
+	tokens      *tokenService // nil: asks nobody
+	tokenServer *server
 }
 
 // StartRegistry starts a registry that serves until Stop or Close.
-func StartRegistry(o RegistryOptions) (*Registry, error) {
-	if o.Address == "" {
-		o.Address = "127.0.0.1:0"
-	}
-	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", o.Address)
-	if err != nil {
-		return nil, err
-	}
-	r := &Registry{host: l.Addr().String()}
+func StartRegistry(o RegistryOptions) (_ *Registry, err error) {
+	r := &Registry{}
+	ctx, cancel := context.WithCancel(context.Background())
+	r.cancel = cancel
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.Close())
+		}
+	}()
 	config := &configuration.Configuration{}
 	config.Log.AccessLog.Disabled = true
 	config.Log.Level = "error"
@@ -62,66 +54,50 @@ func StartRegistry(o RegistryOptions) (*Registry, error) {
 		"maintenance": {"uploadpurging": map[any]any{"enabled": false}},
 	}
 	if len(o.Accounts) > 0 {
-		if r.tokens, err = newTokenService(r.host, o.Accounts); err == nil {
-			config.Auth, err = r.tokens.configuration(o.Dir)
-		}
-		if err != nil {
-			return nil, errors.Join(err, l.Close())
+		if config.Auth, err = r.startTokens(o); err != nil {
+			return nil, err
 		}
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	r.cancel = cancel
 	r.app = handlers.NewApp(ctx, config)
-	r.serve(l)
-	return r, nil
+	s, l, err := reserve(o.Address)
+	if err != nil {
+		return nil, err
+	}
+	r.server = s
+	s.handler = r.counter.count(r.app)
+	return r, s.start(l)
+}
+
+func (r *Registry) startTokens(o RegistryOptions) (configuration.Auth, error) {
+	s, l, err := reserve("")
+	if err != nil {
+		return nil, err
+	}
+	if r.tokens, err = newTokenService(s.host, o.Accounts); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	s.handler, r.tokenServer = r.tokens, s
+	if err := s.start(l); err != nil {
+		return nil, err
+	}
+	return r.tokens.configuration(o.Dir)
 }
 
 // Host is "address:port", also while it is stopped.
-func (r *Registry) Host() string { return r.host }
+func (r *Registry) Host() string { return r.server.host }
 
-func (r *Registry) serve(l net.Listener) {
-	mux := http.NewServeMux()
-	mux.Handle("/", r.counter.count(r.app))
-	if r.tokens != nil {
-		mux.Handle(tokenPath, r.tokens)
-	}
-	r.server = &http.Server{Handler: mux, ErrorLog: log.New(io.Discard, "", 0)}
-	r.served = make(chan struct{})
-	go func(s *http.Server, done chan struct{}) {
-		defer close(done)
-		if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-			fmt.Fprintln(os.Stderr, "testbed: registry:", err)
-		}
-	}(r.server, r.served)
-}
+// Stop closes the listener and every connection: the registry is down. Its token
+// service is not.
+func (r *Registry) Stop() error { return r.server.stop() }
 
-// Stop closes the listener and every connection: the registry is down.
-func (r *Registry) Stop() error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.server == nil {
-		return nil
-	}
-	err := r.server.Close()
-	<-r.served
-	r.server = nil
-	return err
-}
+// Start has a stopped registry serve where it did before.
+func (r *Registry) Start() error { return r.server.start(nil) }
 
-// Start has a stopped registry listen where it did before.
-func (r *Registry) Start() error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.server != nil {
-		return nil
-	}
-	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", r.host)
-	if err != nil {
-		return err
-	}
-	r.serve(l)
-	return nil
-}
+// StopTokens has the token service be down, StartTokens be up again.
+func (r *Registry) StopTokens() error { return r.tokenServer.stop() }
+
+// StartTokens ends what StopTokens began.
+func (r *Registry) StartTokens() error { return r.tokenServer.start(nil) }
 
 // Delivered is what it sent since the start or the last Reset.
 func (r *Registry) Delivered() Delivered { return r.counter.delivered() }
@@ -131,7 +107,15 @@ func (r *Registry) Reset() { r.counter.reset() }
 
 // Close ends the registry; its directory stays.
 func (r *Registry) Close() error {
-	err := r.Stop()
+	var errs []error
+	for _, s := range []*server{r.server, r.tokenServer} {
+		if s != nil {
+			errs = append(errs, s.stop())
+		}
+	}
 	r.cancel()
-	return errors.Join(err, r.app.Shutdown())
+	if r.app != nil {
+		errs = append(errs, r.app.Shutdown())
+	}
+	return errors.Join(errs...)
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"encoding/json"
+	"net"
 	"net/http"
 	"os"
 	"path"
@@ -29,7 +30,6 @@ type Account struct {
 }
 
 const (
-	tokenPath   = "/token"
 	tokenIssuer = "testbed token service"
 	audience    = "testbed registry"
 	tokenLife   = 5 * time.Minute
@@ -47,7 +47,13 @@ type tokenService struct {
 	given int
 }
 
-func newTokenService(host string, accounts []Account) (*tokenService, error) {
+func newTokenService(address string, accounts []Account) (*tokenService, error) {
+	// Clients refuse a realm by address that is not the registry's own; also a
+	// mirror's is another.
+	_, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, err
+	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
@@ -55,7 +61,7 @@ func newTokenService(host string, accounts []Account) (*tokenService, error) {
 	const id = "testbed"
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: key, KeyID: id}}, nil)
 	return &tokenService{
-		realm:    "http://" + host + tokenPath,
+		realm:    "http://localhost:" + port + "/token",
 		accounts: accounts,
 		public:   jose.JSONWebKey{Key: key.Public(), KeyID: id, Algorithm: string(jose.ES256), Use: "sig"},
 		signer:   signer,
