@@ -12,9 +12,12 @@ import (
 
 	"accel/api"
 	"accel/convert"
+	"accel/fleet"
 	"accel/registry"
 	"accel/webhook"
 	"accel/worker"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // defaultData is where a service keeps all that it must not lose.
@@ -37,6 +40,8 @@ type config struct {
 	Reconcile     reconcileConfig  `yaml:"reconcile"`
 	SourceDeleted string           `yaml:"source_deleted" doc:"what becomes of a converted image whose source is gone: keep or delete-target"`
 	Keys          keysConfig       `yaml:"keys"`
+	Warm          []fleet.Rule     `yaml:"warm" doc:"which nodes get which images as soon as those are Ready: a list of {name, repositories: globs, nodes: {label: value}, forms: source and target}; without nodes every node, without forms the source; see docs/warm.md"`
+	Fleet         fleetConfig      `yaml:"fleet"`
 }
 
 type logConfig struct {
@@ -104,6 +109,17 @@ type keysConfig struct {
 	Dir string `yaml:"dir" doc:"directory of the signing keys; default: below data"`
 }
 
+type fleetConfig struct {
+	SilentAfter  time.Duration `yaml:"silent_after" doc:"a node that said nothing for so long counts as silent and is brought nothing"`
+	ForgetAfter  time.Duration `yaml:"forget_after" doc:"how long a silent node is kept, with what it was to have"`
+	CatchUp      time.Duration `yaml:"catch_up" doc:"a new node is brought what became Ready within this time"`
+	KeepFinished time.Duration `yaml:"keep_finished" doc:"how long it is shown what was brought; at least catch_up"`
+	StallAfter   time.Duration `yaml:"stall_after" doc:"an image that a node took up and did not report for so long is given to it again"`
+	MaxNodes     int           `yaml:"max_nodes" doc:"most nodes; a new one takes the place of the longest silent one"`
+	MaxWarms     int           `yaml:"max_warms" doc:"most images that nodes have or wait for, each node's counted; a new one takes the place of the longest finished one"`
+	MaxPending   int           `yaml:"max_pending" doc:"most images that one node has waiting; the oldest gives way"`
+}
+
 func defaultConfig() config {
 	p := convert.DefaultParams()
 	return config{
@@ -115,6 +131,7 @@ func defaultConfig() config {
 		Readiness:     readinessConfig{30 * time.Second, 10 * time.Second, time.Hour, 8, 2 * time.Second, 10 * time.Minute},
 		Reconcile:     reconcileConfig{Interval: 5 * time.Minute},
 		SourceDeleted: "keep",
+		Fleet:         fleetConfig{2 * time.Minute, 24 * time.Hour, 24 * time.Hour, 7 * 24 * time.Hour, 15 * time.Minute, 10_000, 200_000, 500},
 	}
 }
 
@@ -146,11 +163,17 @@ func (c *config) finish() error {
 	for name, d := range map[string]time.Duration{
 		"readiness.lease": c.Readiness.Lease, "readiness.child_hold": c.Readiness.ChildHold, "readiness.check_interval": c.Readiness.CheckInterval,
 		"readiness.backoff_min": c.Readiness.BackoffMin, "readiness.backoff_max": c.Readiness.BackoffMax, "reconcile.interval": c.Reconcile.Interval,
+		"fleet.silent_after": c.Fleet.SilentAfter, "fleet.forget_after": c.Fleet.ForgetAfter, "fleet.catch_up": c.Fleet.CatchUp, "fleet.stall_after": c.Fleet.StallAfter,
 	} {
 		check(d > 0, "%s %s: must be positive", name, d)
 	}
 	check(c.Readiness.BackoffMin <= c.Readiness.BackoffMax, "readiness.backoff_min %s is longer than readiness.backoff_max %s", c.Readiness.BackoffMin, c.Readiness.BackoffMax)
 	check(c.Readiness.MaxAttempts >= 1, "readiness.max_attempts %d: want at least 1", c.Readiness.MaxAttempts)
+	check(c.Fleet.KeepFinished >= c.Fleet.CatchUp, "fleet.keep_finished %s is shorter than fleet.catch_up %s: what was brought would be brought again", c.Fleet.KeepFinished, c.Fleet.CatchUp)
+	for name, n := range map[string]int{"fleet.max_nodes": c.Fleet.MaxNodes, "fleet.max_warms": c.Fleet.MaxWarms, "fleet.max_pending": c.Fleet.MaxPending} {
+		check(n >= 1, "%s %d: want at least 1", name, n)
+	}
+	errs = append(errs, fleet.CheckRules(c.Warm))
 	_, err = worker.New(worker.Options{ // it starts nothing, and knows these best
 		Target:       worker.Target{Repository: c.Target.Repository, Tag: c.Target.Tag},
 		Repositories: worker.RepositoryPolicy{Allow: c.Policy.Allow, Deny: c.Policy.Deny},
@@ -177,6 +200,14 @@ func isLoopback(host string) bool {
 	return ip != nil && ip.IsLoopback()
 }
 
+func (c *config) fleetOptions(metrics prometheus.Registerer, log *slog.Logger) fleet.Options {
+	f := c.Fleet
+	return fleet.Options{
+		Rules: c.Warm, SilentAfter: f.SilentAfter, ForgetAfter: f.ForgetAfter, CatchUp: f.CatchUp, KeepFinished: f.KeepFinished, StallAfter: f.StallAfter,
+		MaxNodes: f.MaxNodes, MaxWarms: f.MaxWarms, MaxPending: f.MaxPending, Registerer: metrics, Log: log,
+	}
+}
+
 func (c *config) apiTokens() ([]api.Token, error) {
 	var tokens []api.Token
 	for i, t := range c.Tokens {
@@ -196,9 +227,12 @@ func (c *config) apiTokens() ([]api.Token, error) {
 	return tokens, nil
 }
 
-func (c *config) hosts() ([]registry.Host, error) {
+func (c *config) hosts() ([]registry.Host, error) { return registryHosts(c.Registries) }
+
+// registryHosts reads the secrets of registries, and checks that they fit together.
+func registryHosts(registries []registryConfig) ([]registry.Host, error) {
 	var hosts []registry.Host
-	for i, r := range c.Registries {
+	for i, r := range registries {
 		h := registry.Host{Name: r.Host, Aliases: r.Aliases, PlainHTTP: r.PlainHTTP, CAFile: r.CAFile, Username: r.Username}
 		for key, f := range map[string]struct {
 			path string

@@ -15,6 +15,7 @@ import (
 	"accel"
 	"accel/api"
 	"accel/convert"
+	"accel/fleet"
 	"accel/readiness"
 	"accel/readiness/boltstore"
 	"accel/registry"
@@ -43,6 +44,7 @@ type service struct {
 	handler    http.Handler
 	worker     *worker.Worker
 	reconciler *worker.Reconciler
+	fleet      *fleet.Fleet
 	drain      context.CancelFunc
 }
 
@@ -124,12 +126,15 @@ func (s *service) wire(hosts []registry.Host, sources []*webhook.Source) error {
 	s.reconciler = worker.NewReconciler(worker.ReconcileOptions{
 		Tracker: s.tracker, Registry: s.client, Repositories: conf.Reconcile.Repositories, Interval: conf.Reconcile.Interval, Log: s.log,
 	})
+	if s.fleet, err = fleet.Open(filepath.Join(conf.Data, "fleet.db"), conf.fleetOptions(metrics, s.log)); err != nil {
+		return err
+	}
 	draining, drain := context.WithCancel(context.Background())
 	s.drain = drain
 	s.handler, err = api.New(api.Options{
 		Tracker: s.tracker, Webhooks: append(senders, sources...), Canonical: s.client.Canonical, Keys: s.keys,
-		Lifecycle: lifecycle{worker.Lifecycle{Tracker: s.tracker, Registry: s.client}},
-		Tokens:    tokens, Open: len(tokens) == 0, Draining: draining, Metrics: metrics, Version: version(), Log: s.log,
+		Lifecycle: lifecycle{worker.Lifecycle{Tracker: s.tracker, Registry: s.client}}, Fleet: s.fleet,
+		Tokens: tokens, Open: len(tokens) == 0, Draining: draining, Metrics: metrics, Version: version(), Log: s.log,
 	})
 	return err
 }
@@ -152,7 +157,11 @@ func (s *service) close() error {
 	if s.client != nil {
 		s.client.Close()
 	}
-	return s.store.Close()
+	var err error
+	if s.fleet != nil {
+		err = s.fleet.Close()
+	}
+	return errors.Join(err, s.store.Close())
 }
 
 // served is a handler and where it listens.
@@ -185,6 +194,8 @@ func (s *service) run(ctx context.Context, apiListener net.Listener, beside ...s
 	g.Go(func() error { return s.worker.Run(gctx) })
 	g.Go(func() error { return s.reconciler.Run(gctx) })
 	g.Go(func() error { return s.followStates(gctx) })
+	g.Go(func() error { return s.followReady(gctx) })
+	g.Go(func() error { return s.fleet.Run(gctx) })
 	g.Go(func() error {
 		<-gctx.Done()
 		s.log.Info("stopping")
