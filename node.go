@@ -59,3 +59,6 @@ type Warm struct {
 	CreatedAt    time.Time `json:"createdAt"`
 	UpdatedAt    time.Time `json:"updatedAt"`
 }
+
+// Ended reports whether the node is through with w.
+func (w Warm) Ended() bool { return w.State == WarmDone || w.State == WarmFailed }

@@ -6,6 +6,7 @@ import (
 	"iter"
 	"net/http"
 	"net/url"
+	"slices"
 	"time"
 
 	"accel"
@@ -210,4 +211,63 @@ func (c *Client) Warms(ctx context.Context, o WarmOptions) iter.Seq2[accel.Warm,
 			q.Set("cursor", page.Next)
 		}
 	}
+}
+
+// warmPause is between two looks at how far nodes have come.
+const warmPause = time.Second
+
+// WaitWarms looks at warms of an image until each is Warm or Failed, for as long as timeout
+// (zero: as ctx lasts). A server that restarts is asked again. When the time is up, the error
+// is context.DeadlineExceeded and the warms as they were last seen.
+func (c *Client) WaitWarms(ctx context.Context, image string, warms []accel.Warm, timeout time.Duration) ([]accel.Warm, error) {
+	if timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, timeout)
+		defer cancel()
+	}
+	last := slices.Clone(warms)
+	for {
+		now, err := c.lookAt(ctx, image, last)
+		var away unreachableError
+		switch {
+		case err == nil:
+			last = now
+			if !slices.ContainsFunc(last, func(w accel.Warm) bool { return !w.Ended() }) {
+				return last, nil
+			}
+		case !errors.As(err, &away):
+			return last, err
+		}
+		sleep(ctx, warmPause)
+		if ctx.Err() != nil {
+			return last, errors.Join(ctx.Err(), err)
+		}
+	}
+}
+
+// lookAt gets the warms as they are now; one that the server dropped has Failed.
+func (c *Client) lookAt(ctx context.Context, image string, warms []accel.Warm) ([]accel.Warm, error) {
+	now := slices.Clone(warms)
+	at := make(map[string]int, len(now))
+	for i, w := range now {
+		if !w.Ended() {
+			at[w.ID] = i
+		}
+	}
+	for w, err := range c.Warms(ctx, WarmOptions{Image: image}) {
+		if err != nil {
+			return nil, err
+		}
+		if i, ok := at[w.ID]; ok {
+			now[i] = w
+			delete(at, w.ID)
+		}
+		if len(at) == 0 {
+			break
+		}
+	}
+	for _, i := range at {
+		now[i].State, now[i].Reason = accel.WarmFailed, "the server has dropped it: its node was forgotten, or other images took its place"
+	}
+	return now, nil
 }

@@ -102,18 +102,6 @@ func (c *change) newest(bucket, prefix, before []byte, limit int, node string) (
 	return all, nil
 }
 
-// Warm returns one; ErrNotFound where there is none.
-func (f *Fleet) Warm(ctx context.Context, id string) (w accel.Warm, err error) {
-	err = f.view(ctx, func(c *change) error {
-		var ok bool
-		if w, ok, err = c.warm(id); err == nil && !ok {
-			err = fmt.Errorf("%w: no warm %.40q", accel.ErrNotFound, id)
-		}
-		return err
-	})
-	return w, err
-}
-
 // names of an image in the index: as asked for, and by digest.
 func names(ref accel.Reference) []string {
 	var all []string

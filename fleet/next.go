@@ -68,8 +68,7 @@ func (f *Fleet) Report(ctx context.Context, w accel.Warm) (accel.Warm, error) {
 		if w.Node != "" && w.Node != was.Node {
 			return fmt.Errorf("%w: warm %s is node %s's, not %.253s's", accel.ErrInvalid, w.ID, was.Node, w.Node)
 		}
-		ended := was.State == accel.WarmDone || was.State == accel.WarmFailed
-		if ended && w.State == accel.WarmFetching {
+		if was.Ended() && w.State == accel.WarmFetching {
 			return fmt.Errorf("%w: warm %s is %s already", accel.ErrConflict, w.ID, was.State)
 		}
 		now = was
