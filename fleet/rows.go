@@ -227,7 +227,7 @@ func (c *change) led(key []byte) (accel.Warm, error) {
 func (c *change) oldest(bucket, prefix []byte, limit int) ([]accel.Warm, error) {
 	var all []accel.Warm
 	cur := c.bt.Bucket(bucket).Cursor()
-	for k, _ := cur.Seek(prefix); bytes.HasPrefix(k, prefix) && len(all) < limit; k, _ = cur.Next() {
+	for k, _ := cur.Seek(prefix); k != nil && bytes.HasPrefix(k, prefix) && len(all) < limit; k, _ = cur.Next() {
 		w, err := c.led(k)
 		if err != nil {
 			return nil, err
@@ -240,7 +240,7 @@ func (c *change) oldest(bucket, prefix []byte, limit int) ([]accel.Warm, error) 
 // atLeast reports whether an index has n rows with the prefix.
 func (c *change) atLeast(bucket, prefix []byte, n int) bool {
 	cur := c.bt.Bucket(bucket).Cursor()
-	for k, _ := cur.Seek(prefix); bytes.HasPrefix(k, prefix); k, _ = cur.Next() {
+	for k, _ := cur.Seek(prefix); k != nil && bytes.HasPrefix(k, prefix); k, _ = cur.Next() {
 		if n--; n <= 0 {
 			return true
 		}
