@@ -108,6 +108,9 @@ func (f *Fleet) inspect() error {
 		if err := f.check(bt); err != nil {
 			return err
 		}
+		if err := f.checkPages(bt); err != nil {
+			return err
+		}
 		return f.loadNodes(bt)
 	})
 	if err != nil || !fresh {
@@ -125,6 +128,18 @@ func (f *Fleet) inspect() error {
 		return fmt.Errorf("make fleet file %s: %w", f.path, err)
 	}
 	return nil
+}
+
+// checkPages looks at what lies below the rows: a free list that is wrong makes a later
+// commit panic.
+func (f *Fleet) checkPages(bt *bbolt.Tx) error {
+	var first error
+	for err := range bt.Check() { // to its end, for it reads the transaction
+		if first == nil {
+			first = fmt.Errorf("%w: %s: %w", ErrDamaged, f.path, err)
+		}
+	}
+	return first
 }
 
 func (f *Fleet) loadNodes(bt *bbolt.Tx) error {
