@@ -58,7 +58,7 @@ func (s *server) nodeRoutes(routes huma.API) {
 		Description: "A node's daemon sends this every 30 seconds. seenAt is the server's and does not count.",
 		// Nodes and server are upgraded one after the other: what one of them does not
 		// know is passed over. The fleet judges the rest.
-		SkipValidateBody: true, MaxBodyBytes: maxHeartbeatBytes, Errors: []int{400, 401, 403, 409},
+		SkipValidateBody: true, MaxBodyBytes: min(maxHeartbeatBytes, s.MaxBodyBytes), Errors: []int{400, 401, 403, 409},
 	}, func(ctx context.Context, in *heartbeatInput) (*nodeOutput, error) {
 		if in.Body.Name != in.Name {
 			return nil, s.problem(fmt.Errorf("%w: the path names node %.253q, the body %.253q", accel.ErrInvalid, in.Name, in.Body.Name))
