@@ -67,7 +67,7 @@ func (m *Mirror) parse(u *url.URL) (question, error) {
 		return question{}, refuse(http.StatusBadRequest, "NAME_INVALID", "more than one ns")
 	}
 	rest, ok := strings.CutPrefix(u.Path, "/v2/")
-	if rest == "" && (ok || u.Path == "/v2") {
+	if ok && rest == "" || u.Path == "/v2" {
 		return m.place(question{kind: ping}, ns, nil)
 	}
 	parts := strings.Split(rest, "/")
