@@ -3,6 +3,7 @@ package install
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -24,6 +25,7 @@ type hosts struct {
 	plainHTTP bool
 	caFile    string
 	mirror    string
+	headers   map[string]string
 }
 
 // folders are the names that containerd looks for, in its order; the last is
@@ -42,7 +44,14 @@ func (h hosts) folders() []string {
 // mirrorTable is the part that makes containerd ask the node first. Capabilities
 // are those that every version from 1.6 on knows; pushes stay with the registry.
 func (h hosts) mirrorTable() string {
-	return fmt.Sprintf("[host.%s]\n  capabilities = [\"pull\", \"resolve\"]\n", tomlString(h.mirror))
+	table := fmt.Sprintf("[host.%s]\n  capabilities = [\"pull\", \"resolve\"]\n", tomlString(h.mirror))
+	if len(h.headers) > 0 {
+		table += fmt.Sprintf("[host.%s.header]\n", tomlString(h.mirror))
+	}
+	for _, name := range slices.Sorted(maps.Keys(h.headers)) {
+		table += fmt.Sprintf("  %s = %s\n", tomlString(name), tomlString(h.headers[name]))
+	}
+	return table
 }
 
 // content is the whole file. What containerd finds beside its mirrors is used when the node

@@ -116,7 +116,7 @@ const (
 
 func TestContainerdAsksTheNodeFirstAndTheRegistryAfterIt(t *testing.T) {
 	b := newBed(t)
-	b.o.Everything = true
+	b.o.Everything, b.o.Headers = true, map[string]string{"Accel-Tenant": "team \"a\"", "Accel-Memory-Bytes": "1024"}
 	b.want(b.install(), map[string]Action{registry: Create, alias: Create, hub: Create, secure: Create, allOthers: Create, unit: Create})
 	for host, server := range map[string]string{
 		"registry.test:5000": "http://registry.test:5000",
@@ -131,6 +131,9 @@ func TestContainerdAsksTheNodeFirstAndTheRegistryAfterIt(t *testing.T) {
 		node, upstream := asked[0], asked[1]
 		if got := node.Scheme + "://" + node.Host; got != mirrorURL || node.Path != "/v2" || node.Capabilities != pullAndTag {
 			t.Errorf("%s: first %s%s with capabilities %b", host, got, node.Path, node.Capabilities)
+		}
+		if node.Header.Get("Accel-Tenant") != `team "a"` || node.Header.Get("Accel-Memory-Bytes") != "1024" || len(upstream.Header) != 0 {
+			t.Errorf("%s: headers %v to the node, %v to the registry", host, node.Header, upstream.Header)
 		}
 		if got := upstream.Scheme + "://" + upstream.Host; got != server || upstream.Path != "/v2" || !upstream.Capabilities.Has(docker.HostCapabilityPush) {
 			t.Errorf("%s: then %s%s, want %s", host, got, upstream.Path, server)

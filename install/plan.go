@@ -28,6 +28,8 @@ type Options struct {
 	// Mirror is the node's mirror, "http://127.0.0.1:5555".
 	Mirror     string
 	Registries []Registry
+	// Headers are sent along by containerd to the node, such as its tenant.
+	Headers map[string]string
 	// Everything sends the pulls of all other registries to the node too, by _default.
 	Everything bool
 	// Unit describes the systemd unit; nil: none is written.
@@ -154,11 +156,11 @@ func (o *Options) hosts() []hosts {
 	var all []hosts
 	for _, r := range o.Registries {
 		for _, name := range append([]string{r.Name}, r.Aliases...) {
-			all = append(all, hosts{name: strings.ToLower(name), plainHTTP: r.PlainHTTP, caFile: r.CAFile, mirror: o.Mirror})
+			all = append(all, hosts{name: strings.ToLower(name), plainHTTP: r.PlainHTTP, caFile: r.CAFile, mirror: o.Mirror, headers: o.Headers})
 		}
 	}
 	if o.Everything {
-		all = append(all, hosts{name: everything, mirror: o.Mirror})
+		all = append(all, hosts{name: everything, mirror: o.Mirror, headers: o.Headers})
 	}
 	slices.SortStableFunc(all, func(a, b hosts) int { return cmp.Compare(a.name, b.name) })
 	return slices.CompactFunc(all, func(a, b hosts) bool { return a.name == b.name })
