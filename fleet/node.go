@@ -175,8 +175,9 @@ func (f *Fleet) Node(name string) (Status, error) {
 
 // listening are the nodes that are not silent, by name.
 func (f *Fleet) listening() []accel.Node {
-	var all []accel.Node
-	for _, s := range f.Nodes() {
+	known := f.Nodes()
+	all := make([]accel.Node, 0, len(known))
+	for _, s := range known {
 		if !s.Silent {
 			all = append(all, s.Node)
 		}

@@ -31,7 +31,7 @@ not been heard of for a while: it is brought nothing, and its figures are old.`,
 				fmt.Fprintln(w, "NAME\tSTATE\tSEEN\tUP\tUSED\tBUDGET\tFREE\tBLOBS\tVERSION\tLABELS")
 				for _, n := range nodes {
 					fmt.Fprintf(w, "%s\t%s\t%s ago\t%s\t%s\t%s\t%s\t%d\t%s\t%s\n", n.Name, nodeState(n), age(n.SeenAt), age(n.StartedAt),
-						bytesText(n.Cache.UsedBytes), budgetText(n.Cache.BudgetBytes), bytesText(n.Cache.FreeBytes), n.Cache.Blobs, n.Version, labelsText(n.Labels))
+						bytesText(n.Cache.UsedBytes), knownText(n.Cache.BudgetBytes), bytesText(n.Cache.FreeBytes), n.Cache.Blobs, n.Version, labelsText(n.Labels))
 				}
 			})
 		},
@@ -47,7 +47,8 @@ func nodeState(n api.NodeStatus) string {
 
 func age(t time.Time) string { return time.Since(t).Round(time.Second).String() }
 
-func budgetText(n int64) string {
+// knownText is a size that is 0 where it is unknown, or there is no such bound.
+func knownText(n int64) string {
 	if n == 0 {
 		return "-"
 	}

@@ -117,7 +117,7 @@ func (g *globals) printWarms(cmd *cobra.Command, warms []accel.Warm) error {
 	return g.print(cmd, warms, func(w *tabwriter.Writer) {
 		fmt.Fprintln(w, "NODE\tSTATE\tIMAGE\tRULE\tSIZE\tFETCHED\tAGE\tREASON")
 		for _, x := range warms {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", x.Node, x.State, x.Image, x.Rule, bytesText(x.TotalBytes), bytesText(x.FetchedBytes), age(x.CreatedAt), x.Reason)
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", x.Node, x.State, x.Image, x.Rule, knownText(x.TotalBytes), bytesText(x.FetchedBytes), age(x.CreatedAt), x.Reason)
 		}
 	})
 }
