@@ -6,7 +6,8 @@
 // # Which registry
 //
 // "?ns=HOST" names it (containerd's way), else the first part of the repository, as in
-// /v2/registry.example:5000/team/app/..., where that is an allowed registry; else Options.Default.
+// /v2/registry.example:5000/team/app/..., where that is an allowed registry (a port may also be written
+// as registry.example_5000, for clients that take no colon there); else Options.Default.
 // Hosts that the registry client does not allow are refused.
 //
 // # Who may have what

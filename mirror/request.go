@@ -105,8 +105,8 @@ func (m *Mirror) place(q question, ns, name []string) (question, error) {
 	switch {
 	case len(ns) == 1:
 		q.host, err = m.o.Registry.Canonical(ns[0])
-	case len(name) > 1 && looksLikeHost(name[0]):
-		q.host, err = m.o.Registry.Canonical(name[0])
+	case len(name) > 1 && hostOf(name[0]) != "":
+		q.host, err = m.o.Registry.Canonical(hostOf(name[0]))
 		if err == nil {
 			name = name[1:]
 		} else if m.o.Default != "" {
@@ -132,8 +132,20 @@ func (m *Mirror) place(q question, ns, name []string) (question, error) {
 	return q, nil
 }
 
-// looksLikeHost is docker's rule.
-func looksLikeHost(s string) bool { return strings.ContainsAny(s, ".:") || s == "localhost" }
+// hostOf is the registry that the first part of a name stands for, by docker's rule; empty: none. Clients
+// take no colon within a name, so HOST_PORT means HOST:PORT.
+func hostOf(part string) string {
+	host, port := part, ""
+	if i := strings.LastIndexByte(part, '_'); i > 0 {
+		if _, ok := parsePlace(part[i+1:]); ok {
+			host, port = part[:i], ":"+part[i+1:]
+		}
+	}
+	if !strings.ContainsAny(host, ".:") && host != "localhost" {
+		return ""
+	}
+	return host + port
+}
 
 func validTag(s string) bool {
 	at := reference.TagRegexp.FindStringIndex(s)
