@@ -185,7 +185,7 @@ func TestAccess(t *testing.T) {
 	alice, bob := up.bearer(t, "alice"), up.bearer(t, "bob")
 
 	r := n.get("alice/app/manifests/v1")
-	if c := r.header.Get("WWW-Authenticate"); r.status != 401 || c != fmt.Sprintf(`Bearer realm="http://%s/token",service="test",scope="repository:alice/app:pull"`, up.host) {
+	if c := r.header.Get("WWW-Authenticate"); r.status != 401 || c != up.challenge()+`,scope="repository:alice/app:pull"` {
 		t.Errorf("without credentials: %d, challenge %q", r.status, c)
 	}
 	if len(n.seen()) > 0 {
@@ -265,7 +265,7 @@ func TestOwnCredentials(t *testing.T) {
 
 func TestPing(t *testing.T) {
 	up := newUpstream(t)
-	realm := fmt.Sprintf(`Bearer realm="http://%s/token",service="test"`, up.host)
+	realm := up.challenge()
 	bare, rich := newNode(t, up), newNode(t, up, own("alice"))
 	def := newNode(t, up, func(o *mirror.Options) { o.Default = up.host })
 	for name, c := range map[string]struct {

@@ -125,6 +125,10 @@ func (m *meteredWriter) Flush() { m.ResponseWriter.(http.Flusher).Flush() }
 
 // token gives one for a user, or for nobody.
 func (u *upstream) token(w http.ResponseWriter, r *http.Request) {
+	if r.Method != http.MethodGet { // containerd tries OAuth first
+		w.WriteHeader(http.StatusMethodNotAllowed)
+		return
+	}
 	user, password, named := r.BasicAuth()
 	if named && (users[user] == "" || users[user] != password) {
 		w.WriteHeader(http.StatusUnauthorized)
@@ -148,7 +152,7 @@ func (u *upstream) guard(w http.ResponseWriter, r *http.Request) {
 	user, known := u.given[strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")]
 	u.mu.Unlock()
 	if !known || repository != "" && !may(user, repository) {
-		challenge := fmt.Sprintf(`Bearer realm="http://%s/token",service="test"`, r.Host)
+		challenge := u.challenge()
 		if repository != "" {
 			challenge += fmt.Sprintf(`,scope="repository:%s:pull"`, repository)
 		}
@@ -158,6 +162,11 @@ func (u *upstream) guard(w http.ResponseWriter, r *http.Request) {
 	}
 	r.Header.Del("Authorization")
 	u.next.ServeHTTP(w, r)
+}
+
+// challenge names the token service by a name: crane follows no realm at a private address.
+func (u *upstream) challenge() string {
+	return fmt.Sprintf(`Bearer realm="http://%s/token",service="test"`, strings.Replace(u.host, "127.0.0.1", "localhost", 1))
 }
 
 func (u *upstream) set(x fault) {
