@@ -14,52 +14,6 @@ import (
 
 var errUnfinished = errors.New("meter: not written yet")
 
-type Options struct {
-	Node       string
-	Spool      *Spool
-	Quiet      time.Duration
-	Log        *slog.Logger
-	Registerer prometheus.Registerer
-	Now        func() time.Time
-}
-
-type Meter struct{}
-
-func New(o Options) (*Meter, error) { return &Meter{}, nil }
-func (m *Meter) Begin(client, repository string) (end func(*accel.Transfer)) {
-	return func(*accel.Transfer) {}
-}
-func (m *Meter) Observe(t accel.Transfer)      {}
-func (m *Meter) Run(ctx context.Context) error { <-ctx.Done(); return nil }
-
-type SpoolOptions struct {
-	MaxPulls   int
-	Log        *slog.Logger
-	Registerer prometheus.Registerer
-}
-
-type Spool struct{}
-
-func OpenSpool(path string, o SpoolOptions) (*Spool, error) { return &Spool{}, nil }
-func (s *Spool) Add(pulls ...accel.Pull) error              { return errUnfinished }
-func (s *Spool) Oldest(n int) ([]accel.Pull, error)         { return nil, nil }
-func (s *Spool) Ack(ids ...string) error                    { return nil }
-func (s *Spool) Dropped() int64                             { return 0 }
-func (s *Spool) Len() int                                   { return 0 }
-func (s *Spool) Close() error                               { return nil }
-
-type Sink interface {
-	ReportPulls(ctx context.Context, pulls []accel.Pull) error
-}
-
-type Reporter struct {
-	Spool *Spool
-	Sink  Sink
-	Log   *slog.Logger
-}
-
-func (r *Reporter) Run(ctx context.Context) error { <-ctx.Done(); return nil }
-
 type LedgerOptions struct {
 	KeepPulls   time.Duration
 	KeepRollups time.Duration

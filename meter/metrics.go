@@ -1,0 +1,93 @@
+package meter
+
+import (
+	"fmt"
+
+	"accel"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// pullMetrics are what both sides count of pulls, each under its own prefix.
+type pullMetrics struct {
+	pulls   *prometheus.CounterVec
+	bytes   *prometheus.CounterVec
+	seconds *prometheus.HistogramVec
+}
+
+func newPullMetrics(prefix, where string) pullMetrics {
+	return pullMetrics{
+		pulls: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: prefix + "_total", Help: "Pulls " + where + " by mode and outcome.",
+		}, []string{"mode", "outcome"}),
+		bytes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: prefix + "_bytes_total", Help: "Layer bytes of pulls " + where + " by where they came from (registry, peer, cache).",
+		}, []string{"source"}),
+		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: prefix + "_seconds", Help: "Duration of pulls " + where + " by outcome.",
+			Buckets: prometheus.ExponentialBuckets(0.05, 2, 14),
+		}, []string{"outcome"}),
+	}
+}
+
+func (m *pullMetrics) all() []prometheus.Collector {
+	return []prometheus.Collector{m.pulls, m.bytes, m.seconds}
+}
+
+func (m *pullMetrics) pull(p accel.Pull) {
+	m.pulls.WithLabelValues(string(p.Mode), string(p.Outcome)).Inc()
+	m.seconds.WithLabelValues(string(p.Outcome)).Observe(p.Duration.Seconds())
+	m.bytes.WithLabelValues("registry").Add(float64(p.RegistryBytes))
+	m.bytes.WithLabelValues("peer").Add(float64(p.PeerBytes))
+	m.bytes.WithLabelValues("cache").Add(float64(p.CacheBytes))
+}
+
+func register(r prometheus.Registerer, all ...prometheus.Collector) error {
+	if r == nil {
+		return nil
+	}
+	for _, c := range all {
+		if err := r.Register(c); err != nil {
+			return fmt.Errorf("register metrics: %w", err)
+		}
+	}
+	return nil
+}
+
+type meterMetrics struct{ pullMetrics }
+
+func newMeterMetrics(r prometheus.Registerer, m *Meter) (*meterMetrics, error) {
+	mm := &meterMetrics{newPullMetrics("accel_node_pulls", "through this node")}
+	underWay := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "accel_node_pulls_under_way", Help: "Pulls that are being measured.",
+	}, func() float64 {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		n := 0
+		for _, t := range m.talks {
+			n += len(t.pulls)
+		}
+		return float64(n)
+	})
+	return mm, register(r, append(mm.all(), underWay)...)
+}
+
+type spoolMetrics struct {
+	dropped *prometheus.CounterVec
+	acked   prometheus.Counter
+}
+
+func newSpoolMetrics(r prometheus.Registerer, s *Spool) (*spoolMetrics, error) {
+	m := &spoolMetrics{
+		dropped: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "accel_node_spool_dropped_total", Help: "Pulls that were lost, by reason (full: there was no room; refused: the server will never take them).",
+		}, []string{"reason"}),
+		acked: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "accel_node_spool_reported_total", Help: "Pulls that the server has taken.",
+		}),
+	}
+	waiting := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "accel_node_spool_pulls", Help: "Pulls that wait for the server.",
+	}, func() float64 { return float64(s.Len()) })
+	return m, register(r, m.dropped, m.acked, waiting)
+}
