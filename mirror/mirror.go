@@ -53,6 +53,10 @@ type Options struct {
 	// not block. A 401 to a request without credentials is a question, not an
 	// answer, and is not told.
 	Observe func(accel.Transfer)
+	// Begin is told each request for a manifest (zero digest where it is by tag) or blob when it
+	// begins; what it returns is called once when the request has ended, with what Observe is told, or
+	// with nil where that is told nothing. nil: nobody is. Neither may block.
+	Begin func(client, repository string, d digest.Digest) (end func(*accel.Transfer))
 	// Default is the registry of repositories that name none; empty: they are refused.
 	Default string
 	// TagTTL is how long a tag is believed without looking upstream; default 1 min,
@@ -160,6 +164,9 @@ func New(o Options) (*Mirror, error) {
 	}
 	if o.Observe == nil {
 		o.Observe = func(accel.Transfer) {}
+	}
+	if o.Begin == nil {
+		o.Begin = func(string, string, digest.Digest) func(*accel.Transfer) { return func(*accel.Transfer) {} }
 	}
 	if o.Log == nil {
 		o.Log = slog.Default()

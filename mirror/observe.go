@@ -38,10 +38,14 @@ func (x *exchange) end() {
 	// The deadline was for this answer; the connection's next request has its own.
 	_ = http.NewResponseController(x.w).SetWriteDeadline(time.Time{})
 	x.m.metrics.request(x)
+	if x.ended == nil {
+		return
+	}
 	t := &x.transfer
 	content := x.q.kind == manifest || x.q.kind == blob && x.r.Method == http.MethodGet
 	question := x.status == http.StatusUnauthorized && x.client == ownClient
-	if !content || question || x.source == nil {
+	if !content || question {
+		x.ended(nil)
 		return
 	}
 	t.Client = x.who()
@@ -55,6 +59,7 @@ func (x *exchange) end() {
 		t.MemoryBytes = n
 	}
 	x.m.o.Observe(*t)
+	x.ended(t)
 }
 
 // who tells the clients of a node apart.

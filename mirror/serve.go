@@ -23,7 +23,8 @@ type exchange struct {
 	r        *http.Request
 	q        question
 	transfer accel.Transfer
-	status   int // answered; 0: not yet
+	status   int                   // answered; 0: not yet
+	ended    func(*accel.Transfer) // of Options.Begin, nil where that was not told
 }
 
 // ServeHTTP answers one request. The handler must see the path as it came (no http.ServeMux that
@@ -54,6 +55,9 @@ func (x *exchange) serve() (err error) {
 		return err
 	}
 	x.arrived = x.m.o.Now()
+	if x.q.kind == manifest || x.q.kind == blob {
+		x.ended = x.m.o.Begin(x.who(), x.repository(), x.q.digest)
+	}
 	switch x.q.kind {
 	case manifest:
 		return x.manifest()
