@@ -1,7 +1,8 @@
 package cache
 
 import (
-	"context"
+	"fmt"
+	"slices"
 	"time"
 
 	"accel"
@@ -25,43 +26,103 @@ type Entry struct {
 	UsedAt  time.Time `json:"usedAt"` // opened last, by the clock of then
 }
 
-// Stat returns what there is of d. accel.ErrNotFound when there is nothing.
-func (s *Store) Stat(d digest.Digest) (Entry, error) { return Entry{}, accel.ErrNotFound }
+func (b *blob) entry() Entry {
+	e := Entry{
+		Digest: b.digest, SizeBytes: b.size, PresentBytes: b.presentBytes(), AllocatedBytes: b.allocated,
+		Complete: b.complete, Pinned: b.pins > 0, UsedAt: time.Unix(0, b.usedAt).UTC(),
+	}
+	if b.live != nil {
+		e.Readers, e.Filling = b.live.readers, len(b.live.fills) > 0
+	}
+	return e
+}
 
-// List returns all entries, those used last first.
-func (s *Store) List() []Entry { return nil }
+// Stat returns what there is of the blob d. accel.ErrNotFound when there is nothing.
+func (s *Store) Stat(d digest.Digest) (Entry, error) {
+	if _, err := keyOf(d); err != nil {
+		return Entry{}, err
+	}
+	if isEmpty(accel.BlobDescriptor{Digest: d}) {
+		return Entry{Digest: d, Complete: true}, nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b := s.blobs[d]
+	if b == nil {
+		return Entry{}, fmt.Errorf("%w: blob %s", accel.ErrNotFound, d)
+	}
+	return b.entry(), nil
+}
 
-// Usage says how full the store is. Used bytes include the index.
-func (s *Store) Usage() accel.CacheUsage { return accel.CacheUsage{} }
+// List returns all blobs, those used last first.
+func (s *Store) List() []Entry {
+	s.mu.Lock()
+	all := make([]Entry, 0, len(s.blobs))
+	for _, b := range s.blobs {
+		all = append(all, b.entry())
+	}
+	s.mu.Unlock()
+	slices.SortFunc(all, func(a, b Entry) int {
+		if c := b.UsedAt.Compare(a.UsedAt); c != 0 {
+			return c
+		}
+		return compareDigests(a.Digest, b.Digest)
+	})
+	return all
+}
+
+func compareDigests(a, b digest.Digest) int {
+	switch {
+	case a < b:
+		return -1
+	case a > b:
+		return 1
+	}
+	return 0
+}
+
+// Usage says how full the store is. Used bytes include the index. FreeBytes is
+// negative where the file system does not tell.
+func (s *Store) Usage() accel.CacheUsage {
+	free, err := s.free()
+	if err != nil {
+		free = -1
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	u := accel.CacheUsage{BudgetBytes: s.o.BudgetBytes, UsedBytes: s.total(), FreeBytes: free, Blobs: len(s.blobs)}
+	for d := range s.pinned {
+		if b := s.blobs[d]; b != nil {
+			u.PinnedBytes += b.allocated
+		}
+	}
+	return u
+}
 
 // Remove removes the blob or manifest d. accel.ErrNotFound; accel.ErrConflict while it is pinned,
 // read or filled.
-func (s *Store) Remove(d digest.Digest) error { return nil }
-
-// Report says what Check or GC found and did.
-type Report struct {
-	CheckedBlobs int   `json:"checkedBlobs"` // read and hashed
-	CheckedBytes int64 `json:"checkedBytes"`
-	// PartialBlobs are not complete: nothing to check them against.
-	PartialBlobs int `json:"partialBlobs"`
-	// Damaged were dropped: content or size not as it was, or the file was gone.
-	Damaged []digest.Digest `json:"damaged,omitempty"`
-	// AdoptedBlobs were files that the index did not know and whose digest is right;
-	// RemovedFiles those that were no good.
-	AdoptedBlobs int `json:"adoptedBlobs"`
-	RemovedFiles int `json:"removedFiles"`
-	// RemovedBlobs were evicted by GC; FreedBytes is what that and RemovedFiles gave back.
-	RemovedBlobs int   `json:"removedBlobs"`
-	FreedBytes   int64 `json:"freedBytes"`
+func (s *Store) Remove(d digest.Digest) error {
+	if _, err := keyOf(d); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	switch b := s.blobs[d]; {
+	case s.closed:
+		s.mu.Unlock()
+		return ErrClosed
+	case s.pinned[d] > 0:
+		s.mu.Unlock()
+		return fmt.Errorf("%w: %s is pinned", accel.ErrConflict, d)
+	case b != nil && !b.evictable():
+		s.mu.Unlock()
+		return fmt.Errorf("%w: blob %s is being read or filled", accel.ErrConflict, d)
+	case b != nil:
+		s.dropNow(b, fmt.Errorf("%w: removed", accel.ErrNotFound))
+		s.removeManifest(d)
+	case !s.removeManifest(d):
+		s.mu.Unlock()
+		return fmt.Errorf("%w: %s", accel.ErrNotFound, d)
+	}
+	s.mu.Unlock()
+	return s.commit()
 }
-
-// Check reads every complete blob again and drops what is damaged (also what is pinned; the
-// pin stays). progress, which may be nil, is told the bytes read so far and to read. It may run
-// beside everything else.
-func (s *Store) Check(ctx context.Context, progress func(done, total int64)) (Report, error) {
-	return Report{}, nil
-}
-
-// GC evicts down to the budget and the free floor, and removes blobs that are not
-// complete and that nobody fills, files that are no content, and an index that was set aside.
-func (s *Store) GC(ctx context.Context) (Report, error) { return Report{}, nil }

@@ -2,10 +2,25 @@ package cache
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
 	"time"
 
+	"accel"
+
+	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
+)
+
+const (
+	// tickEvery is how often Run commits, looks at idle fills and at the free floor.
+	tickEvery = time.Second
+	// commitBytes written since the last commit bring the next one at once.
+	commitBytes = 64 << 20
 )
 
 // Options of a Store. Dir is required.
@@ -25,21 +40,261 @@ type Options struct {
 
 // Store is a node's content. It is safe for concurrent use.
 type Store struct {
-	o Options
+	o         Options
+	lock      *os.File
+	index     *index
+	m         *metrics
+	slots     chan struct{} // one token for each fill that fetches for clients
+	lowSlots  chan struct{} // and at low priority
+	idleGrace time.Duration // how long a fill that nobody waits for is given
+	kick      chan struct{} // asks Run for a commit
+
+	committing sync.Mutex // one commit at a time
+	sweeping   sync.Mutex // one sweep at a time
+
+	mu        sync.Mutex
+	blobs     map[digest.Digest]*blob
+	order     order
+	tombs     map[digest.Digest]*tomb
+	dirty     map[*blob]struct{}
+	unsynced  int64 // bytes written since the last commit
+	used      int64 // allocated by blobs
+	reserved  int64 // to be allocated by fills that run
+	strays    int64 // allocated by files that nobody has looked at yet
+	seq       uint64
+	pins      map[string][]digest.Digest
+	pinned    map[digest.Digest]int
+	manifests map[digest.Digest]manifestUse
+	manifestB int64         // bytes of all manifests
+	demand    int           // fills that fetch for clients now
+	calm      chan struct{} // closed when demand ends or a fill is promoted
+	run       context.Context
+	fills     sync.WaitGroup
+	early     []*fill // asked for before Run
+	ended     bool    // no more fills
+	closed    bool
 }
 
 // Open opens the store in o.Dir. ErrLocked when another process has it, named by its
 // pid. A damaged index is set aside (index.db.damaged) and a new one begun; the
 // files are taken into it by Run, Check, or when they are asked for.
-func Open(o Options) (*Store, error) { return &Store{o: o}, nil }
+func Open(o Options) (*Store, error) {
+	if o.Log == nil {
+		o.Log = slog.Default()
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.BudgetBytes < 0 || o.FreeFloorBytes < 0 {
+		return nil, fmt.Errorf("%w: a cache of %d bytes, %d left free", accel.ErrInvalid, o.BudgetBytes, o.FreeFloorBytes)
+	}
+	if err := os.MkdirAll(filepath.Join(o.Dir, "blobs"), 0o700); err != nil {
+		return nil, fmt.Errorf("make the cache directory: %w", err)
+	}
+	lock, err := lockDir(filepath.Join(o.Dir, "lock"))
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{
+		o: o, lock: lock,
+		slots: make(chan struct{}, maxFills), lowSlots: make(chan struct{}, maxLowFills), idleGrace: idleGrace,
+		kick: make(chan struct{}, 1), tombs: map[digest.Digest]*tomb{}, dirty: map[*blob]struct{}{},
+	}
+	if s.index, err = openIndex(filepath.Join(o.Dir, "index.db"), o.Log, s.reset, s.load); err != nil {
+		lock.Close()
+		return nil, err
+	}
+	if err = syncDir(o.Dir); err == nil {
+		s.arrange()
+		s.m, err = newMetrics(o.Registerer, s)
+	}
+	if err != nil {
+		return nil, errors.Join(err, s.index.close(), lock.Close())
+	}
+	return s, nil
+}
+
+func (s *Store) reset() {
+	s.blobs = map[digest.Digest]*blob{}
+	s.pins = map[string][]digest.Digest{}
+	s.pinned = map[digest.Digest]int{}
+	s.manifests = map[digest.Digest]manifestUse{}
+	s.used, s.manifestB, s.seq = 0, 0, 0
+}
+
+// load takes in one row of the index.
+func (s *Store) load(table, key string, content []byte) error {
+	switch table {
+	case tableBlobs:
+		return s.loadBlob(key, content)
+	case tableManifests:
+		d, err := digestOf(key)
+		if err != nil {
+			return err
+		}
+		r, err := decodeManifest(content)
+		if err != nil {
+			return err
+		}
+		s.seq = max(s.seq, r.seq)
+		s.noteManifest(d, int64(len(r.raw)), r.seq)
+	case tablePins:
+		digests, err := decodePins(content)
+		if err != nil {
+			return err
+		}
+		s.pins[key] = digests
+		for _, d := range digests {
+			s.pinned[d]++
+		}
+	default:
+		r, err := decodeDated(content)
+		if err != nil {
+			return err
+		}
+		s.seq = max(s.seq, r.seq)
+	}
+	return nil
+}
+
+func (s *Store) loadBlob(key string, content []byte) error {
+	d, err := digestOf(key)
+	if err != nil {
+		return err
+	}
+	r, err := decodeBlob(content)
+	if err != nil {
+		return err
+	}
+	b := &blob{
+		digest: d, size: r.size, allocated: r.allocated, seq: r.seq, usedAt: r.usedAt,
+		visited: r.visited, complete: r.complete, parts: r.parts,
+	}
+	if !b.complete {
+		b.missing = partsOf(b.size) - b.parts.count()
+	}
+	s.blobs[d] = b
+	s.used += b.allocated
+	s.seq = max(s.seq, r.seq)
+	return nil
+}
+
+// arrange puts what was loaded into the order of its coming.
+func (s *Store) arrange() {
+	s.order.fill(s.blobs)
+	for d, n := range s.pinned {
+		if b := s.blobs[d]; b != nil {
+			b.pins = n
+		}
+	}
+}
+
+// nextSeq counts what happens; s.mu is held.
+func (s *Store) nextSeq() uint64 {
+	s.seq++
+	return s.seq
+}
 
 // Run keeps the store until ctx ends: fills run only under it (those asked for before wait for
 // it), and so do index commits once a second, eviction down to the free floor, and taking
 // back files that the index does not know. It returns when every fill has ended and
 // the index is written. An error means that the index was given up: start again.
 // It may be called once.
-func (s *Store) Run(ctx context.Context) error { return nil }
+func (s *Store) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	s.mu.Lock()
+	if s.run != nil || s.closed {
+		s.mu.Unlock()
+		return fmt.Errorf("%w: it ran before", ErrClosed)
+	}
+	s.run = ctx
+	for _, f := range s.early {
+		go s.fill(f)
+	}
+	s.early = nil
+	s.mu.Unlock()
+
+	swept := make(chan struct{})
+	go func() {
+		defer close(swept)
+		var r Report
+		if err := s.sweep(ctx, &r); err != nil && ctx.Err() == nil {
+			s.o.Log.Error("files of the cache could not be looked at", "err", err)
+		}
+		if r.AdoptedBlobs+r.RemovedFiles+len(r.Damaged) > 0 {
+			s.o.Log.Info("files of the cache were compared with its index", "adopted", r.AdoptedBlobs, "removed_files", r.RemovedFiles, "lost", len(r.Damaged))
+		}
+	}()
+	err := s.keep(ctx)
+	cancel()
+	s.mu.Lock()
+	s.ended = true
+	s.mu.Unlock()
+	s.fills.Wait()
+	<-swept
+	if err == nil {
+		err = s.commit()
+	}
+	return err
+}
+
+// keep does what is to be done each second.
+func (s *Store) keep(ctx context.Context) error {
+	tick := time.NewTicker(tickEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.kick:
+		case <-tick.C:
+			s.endIdle()
+			if err := s.makeRoom(0); err != nil {
+				s.o.Log.Warn("the cache takes more than it may and nothing in it may be evicted", "err", err)
+			}
+		}
+		if err := s.commit(); err != nil {
+			if failed := s.index.failure(); failed != nil {
+				return failed
+			}
+			s.o.Log.Warn("the cache's index could not be written; tried again", "err", err)
+		}
+		if err := s.index.failure(); err != nil {
+			return err
+		}
+	}
+}
 
 // Close writes the index and gives the directory back. Readers that are open may
 // read on what is there. A second Close is no error.
-func (s *Store) Close() error { return nil }
+func (s *Store) Close() error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	s.closed, s.ended = true, true
+	early := s.early
+	s.early = nil
+	for _, f := range early {
+		s.dropFill(f, ErrClosed)
+	}
+	s.mu.Unlock()
+	s.fills.Wait() // none where Run has ended
+	s.noteVisits()
+	err := s.commit()
+	if err := errors.Join(err, s.index.close(), s.lock.Close()); err != nil {
+		return fmt.Errorf("close the cache: %w", err)
+	}
+	s.m.unregister()
+	return nil
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
