@@ -6,6 +6,7 @@ import (
 	"accel"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"go.etcd.io/bbolt"
 )
 
 // pullMetrics are what both sides count of pulls, each under its own prefix.
@@ -90,4 +91,68 @@ func newSpoolMetrics(r prometheus.Registerer, s *Spool) (*spoolMetrics, error) {
 		Name: "accel_node_spool_pulls", Help: "Pulls that wait for the server.",
 	}, func() float64 { return float64(s.Len()) })
 	return m, register(r, m.dropped, m.acked, waiting)
+}
+
+type ledgerMetrics struct {
+	pullMetrics
+	results *prometheus.CounterVec
+	pruned  prometheus.Counter
+}
+
+func newLedgerMetrics(r prometheus.Registerer, l *Ledger) (*ledgerMetrics, error) {
+	m := &ledgerMetrics{
+		pullMetrics: newPullMetrics("accel_pulls", "that nodes reported"),
+		results: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "accel_pull_reports_total", Help: "Reported pulls by what became of them (accepted, duplicate, late, invalid).",
+		}, []string{"result"}),
+		pruned: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "accel_pulls_removed_total", Help: "Single pulls that were removed for their age or number; their sums stay.",
+		}),
+	}
+	return m, register(r, append(m.all(), m.results, m.pruned, &ledgerCollector{l})...)
+}
+
+// added counts what a transaction that is durable did.
+func (m *ledgerMetrics) added(e *entry, pulls []accel.Pull) {
+	for _, i := range e.counted {
+		m.pull(pulls[i])
+	}
+	m.results.WithLabelValues("accepted").Add(float64(e.receipt.Accepted))
+	m.results.WithLabelValues("duplicate").Add(float64(e.receipt.Duplicates))
+	if e.receipt.Late > 0 {
+		m.results.WithLabelValues("late").Add(float64(e.receipt.Late))
+		e.o.Log.Warn("pulls came that are older than what is kept; they are not counted", "count", e.receipt.Late, "node", pulls[0].Node)
+	}
+}
+
+var (
+	keptDesc    = prometheus.NewDesc("accel_ledger_pulls", "Single pulls that are kept.", nil, nil)
+	rollupsDesc = prometheus.NewDesc("accel_ledger_rollups", "Roll-ups (day, image, tenant, node) that are kept.", nil, nil)
+	sizeDesc    = prometheus.NewDesc("accel_ledger_file_bytes", "Size of the ledger's file.", nil, nil)
+)
+
+// ledgerCollector counts at scrape time, so that there is no second count that could disagree.
+type ledgerCollector struct{ l *Ledger }
+
+func (c *ledgerCollector) Describe(ch chan<- *prometheus.Desc) {
+	ch <- keptDesc
+	ch <- rollupsDesc
+	ch <- sizeDesc
+}
+
+func (c *ledgerCollector) Collect(ch chan<- prometheus.Metric) {
+	err := c.l.file.view(func(bt *bbolt.Tx) error {
+		rollups := uint64(0)
+		days := bt.Bucket(bucketDays).Cursor()
+		for k, v := days.First(); k != nil; k, v = days.Next() {
+			rollups += number(v)
+		}
+		ch <- prometheus.MustNewConstMetric(keptDesc, prometheus.GaugeValue, float64(number(bt.Bucket(bucketMeta).Get(keyCount))))
+		ch <- prometheus.MustNewConstMetric(rollupsDesc, prometheus.GaugeValue, float64(rollups))
+		ch <- prometheus.MustNewConstMetric(sizeDesc, prometheus.GaugeValue, float64(bt.Size()))
+		return nil
+	})
+	if err != nil {
+		c.l.o.Log.Error("cannot count pulls for metrics", "error", err)
+	}
 }
