@@ -12,6 +12,7 @@ import (
 
 	"accel"
 	"accel/fleet"
+	"accel/meter"
 	"accel/readiness"
 	"accel/trust"
 	"accel/webhook"
@@ -51,6 +52,8 @@ type Options struct {
 	Lifecycle Lifecycle
 	// Fleet has the nodes and what is brought to them; nil: these routes are absent.
 	Fleet *fleet.Fleet
+	// Ledger has the measured pulls; nil: these routes are absent.
+	Ledger *meter.Ledger
 	// Tokens that are accepted. Without any, Open must say that none is needed.
 	Tokens []Token
 	Open   bool
@@ -123,6 +126,10 @@ func New(o Options) (http.Handler, error) {
 	if s.Fleet != nil {
 		s.nodeRoutes(routes)
 		s.warmRoutes(routes)
+	}
+	if s.Ledger != nil {
+		s.pullRoutes(routes)
+		s.usageRoutes(routes)
 	}
 
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })

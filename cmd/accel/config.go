@@ -10,9 +10,11 @@ import (
 	"strings"
 	"time"
 
+	"accel"
 	"accel/api"
 	"accel/convert"
 	"accel/fleet"
+	"accel/meter"
 	"accel/registry"
 	"accel/webhook"
 	"accel/worker"
@@ -42,6 +44,8 @@ type config struct {
 	Keys          keysConfig       `yaml:"keys"`
 	Warm          []fleet.Rule     `yaml:"warm" doc:"which nodes get which images as soon as those are Ready: a list of {name, repositories: globs, nodes: {label: value}, forms: source and target}; without nodes every node, without forms the source; see docs/warm.md"`
 	Fleet         fleetConfig      `yaml:"fleet"`
+	Pulls         pullsConfig      `yaml:"pulls"`
+	Billing       billingConfig    `yaml:"billing"`
 }
 
 type logConfig struct {
@@ -120,6 +124,19 @@ type fleetConfig struct {
 	MaxPending   int           `yaml:"max_pending" doc:"most images that one node has waiting; the oldest gives way"`
 }
 
+type pullsConfig struct {
+	Keep         time.Duration `yaml:"keep" doc:"how long single pulls are kept; what nodes report later than that is not counted"`
+	KeepSums     time.Duration `yaml:"keep_sums" doc:"how long the sums of days, of which usage is made, are kept; at least keep"`
+	MaxKept      int           `yaml:"max_kept" doc:"most single pulls, about 250 bytes each; the oldest make room, and their sums stay"`
+	MaxDailySums int           `yaml:"max_daily_sums" doc:"most sums of one day (one for each image, tenant and node); what comes above is counted as other images"`
+}
+
+type billingConfig struct {
+	Free    []string      `yaml:"free" doc:"outcomes of pulls that cost nothing: a list of hit, partial, miss, error; this and the next two hold for pulls that come after a change"`
+	RoundUp time.Duration `yaml:"round_up" doc:"step to which billed durations are rounded up; 0s: not at all"`
+	Minimum time.Duration `yaml:"minimum" doc:"shortest billed duration of a pull that is not free"`
+}
+
 func defaultConfig() config {
 	p := convert.DefaultParams()
 	return config{
@@ -132,6 +149,8 @@ func defaultConfig() config {
 		Reconcile:     reconcileConfig{Interval: 5 * time.Minute},
 		SourceDeleted: "keep",
 		Fleet:         fleetConfig{2 * time.Minute, 24 * time.Hour, 24 * time.Hour, 7 * 24 * time.Hour, 15 * time.Minute, 10_000, 200_000, 500},
+		Pulls:         pullsConfig{30 * 24 * time.Hour, 400 * 24 * time.Hour, 2_000_000, 100_000},
+		Billing:       billingConfig{Free: []string{string(accel.OutcomeHit)}},
 	}
 }
 
@@ -174,6 +193,13 @@ func (c *config) finish() error {
 		check(n >= 1, "%s %d: want at least 1", name, n)
 	}
 	errs = append(errs, fleet.CheckRules(c.Warm))
+	check(c.Pulls.Keep > 0, "pulls.keep %s: must be positive", c.Pulls.Keep)
+	check(c.Pulls.KeepSums >= c.Pulls.Keep, "pulls.keep_sums %s is shorter than pulls.keep %s", c.Pulls.KeepSums, c.Pulls.Keep)
+	check(c.Pulls.MaxKept >= 1, "pulls.max_kept %d: want at least 1", c.Pulls.MaxKept)
+	check(c.Pulls.MaxDailySums >= 1, "pulls.max_daily_sums %d: want at least 1", c.Pulls.MaxDailySums)
+	if err := c.billing().Validate(); err != nil {
+		errs = append(errs, fmt.Errorf("billing: %w", err))
+	}
 	_, err = worker.New(worker.Options{ // it starts nothing, and knows these best
 		Target:       worker.Target{Repository: c.Target.Repository, Tag: c.Target.Tag},
 		Repositories: worker.RepositoryPolicy{Allow: c.Policy.Allow, Deny: c.Policy.Deny},
@@ -198,6 +224,21 @@ func isLoopback(host string) bool {
 	}
 	ip := net.ParseIP(host)
 	return ip != nil && ip.IsLoopback()
+}
+
+func (c *config) billing() meter.Billing {
+	b := meter.Billing{Free: []accel.Outcome{}, RoundUp: c.Billing.RoundUp, Minimum: c.Billing.Minimum}
+	for _, o := range c.Billing.Free {
+		b.Free = append(b.Free, accel.Outcome(o))
+	}
+	return b
+}
+
+func (c *config) ledgerOptions(metrics prometheus.Registerer, log *slog.Logger) meter.LedgerOptions {
+	return meter.LedgerOptions{
+		KeepPulls: c.Pulls.Keep, KeepRollups: c.Pulls.KeepSums, MaxPulls: c.Pulls.MaxKept, MaxDayRows: c.Pulls.MaxDailySums,
+		Billing: c.billing(), Registerer: metrics, Log: log,
+	}
 }
 
 func (c *config) fleetOptions(metrics prometheus.Registerer, log *slog.Logger) fleet.Options {
@@ -301,30 +342,11 @@ func (c *config) sources() ([]*webhook.Source, error) {
 // size is a number of bytes, written as 10GB, 512MiB or plain.
 type size int64
 
-var sizeUnits = []struct {
-	suffix string
-	bytes  float64
-}{
-	{"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}, {"TiB", 1 << 40},
-	{"kB", 1e3}, {"KB", 1e3}, {"MB", 1e6}, {"GB", 1e9}, {"TB", 1e12}, {"B", 1},
-}
-
 // UnmarshalText reads "10GB".
 func (s *size) UnmarshalText(text []byte) error {
-	t := strings.TrimSpace(string(text))
-	factor := 1.0
-	for _, u := range sizeUnits {
-		if n, ok := strings.CutSuffix(t, u.suffix); ok {
-			t, factor = strings.TrimSpace(n), u.bytes
-			break
-		}
-	}
-	n, err := strconv.ParseFloat(t, 64)
-	if err != nil || n < 0 || n*factor > 1<<62 {
-		return fmt.Errorf("size %q: want a number of bytes, such as 10GB or 512MiB", text)
-	}
-	*s = size(n * factor)
-	return nil
+	n, err := accel.ParseBytes(string(text))
+	*s = size(n)
+	return err
 }
 
 func (s size) String() string {

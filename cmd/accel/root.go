@@ -47,12 +47,13 @@ Exit codes: 0 it worked, 1 it did not (or the image Failed or was Rejected),
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
 	f := root.PersistentFlags()
-	f.StringVarP(&g.output, "output", "o", "table", "result format: table or json")
+	f.StringVarP(&g.output, "output", "o", "table", "result format: table or json; csv too where a verb's help says so")
 	f.StringVar(&g.server, "server", envOr("ACCEL_SERVER", "http://127.0.0.1:8080"), "URL of the accel server (ACCEL_SERVER)")
 	f.StringVar(&g.token, "token", "", "bearer token of the API (ACCEL_TOKEN)")
 	f.StringVar(&g.tokenFile, "token-file", "", "file that holds the token")
-	root.PersistentPreRunE = func(*cobra.Command, []string) error {
-		if g.output != "table" && g.output != "json" {
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
+		_, lists := cmd.Annotations[listsCSV]
+		if g.output != "table" && g.output != "json" && (g.output != "csv" || !lists) {
 			return usage(fmt.Errorf("--output %q: want table or json", g.output))
 		}
 		return nil
@@ -60,11 +61,14 @@ Exit codes: 0 it worked, 1 it did not (or the image Failed or was Rejected),
 	root.AddCommand(
 		newUp(), newServe(),
 		newWait(g), newStatus(g), newImages(g), newRetry(g), newDelete(g), newGC(g), newConvertAll(g),
-		newNodes(g), newWarm(g),
+		newNodes(g), newWarm(g), newPulls(g), newUsage(g),
 		newConvert(g), newDiff(g), newKeys(g), newVersion(g),
 	)
 	return root
 }
+
+// listsCSV is the annotation of verbs that take --output csv.
+const listsCSV = "csv"
 
 func envOr(name, otherwise string) string {
 	if v := os.Getenv(name); v != "" {

@@ -16,6 +16,7 @@ import (
 	"accel/api"
 	"accel/convert"
 	"accel/fleet"
+	"accel/meter"
 	"accel/readiness"
 	"accel/readiness/boltstore"
 	"accel/registry"
@@ -45,6 +46,7 @@ type service struct {
 	worker     *worker.Worker
 	reconciler *worker.Reconciler
 	fleet      *fleet.Fleet
+	ledger     *meter.Ledger
 	drain      context.CancelFunc
 }
 
@@ -129,11 +131,14 @@ func (s *service) wire(hosts []registry.Host, sources []*webhook.Source) error {
 	if s.fleet, err = fleet.Open(filepath.Join(conf.Data, "fleet.db"), conf.fleetOptions(metrics, s.log)); err != nil {
 		return err
 	}
+	if s.ledger, err = meter.OpenLedger(filepath.Join(conf.Data, "pulls.db"), conf.ledgerOptions(metrics, s.log)); err != nil {
+		return err
+	}
 	draining, drain := context.WithCancel(context.Background())
 	s.drain = drain
 	s.handler, err = api.New(api.Options{
 		Tracker: s.tracker, Webhooks: append(senders, sources...), Canonical: s.client.Canonical, Keys: s.keys,
-		Lifecycle: lifecycle{worker.Lifecycle{Tracker: s.tracker, Registry: s.client}}, Fleet: s.fleet,
+		Lifecycle: lifecycle{worker.Lifecycle{Tracker: s.tracker, Registry: s.client}}, Fleet: s.fleet, Ledger: s.ledger,
 		Tokens: tokens, Open: len(tokens) == 0, Draining: draining, Metrics: metrics, Version: version(), Log: s.log,
 	})
 	return err
@@ -160,6 +165,9 @@ func (s *service) close() error {
 	var err error
 	if s.fleet != nil {
 		err = s.fleet.Close()
+	}
+	if s.ledger != nil {
+		err = errors.Join(err, s.ledger.Close())
 	}
 	return errors.Join(err, s.store.Close())
 }
@@ -196,6 +204,7 @@ func (s *service) run(ctx context.Context, apiListener net.Listener, beside ...s
 	g.Go(func() error { return s.followStates(gctx) })
 	g.Go(func() error { return s.followReady(gctx) })
 	g.Go(func() error { return s.fleet.Run(gctx) })
+	g.Go(func() error { return s.ledger.Run(gctx) })
 	g.Go(func() error {
 		<-gctx.Done()
 		s.log.Info("stopping")
