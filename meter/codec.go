@@ -49,7 +49,7 @@ func encodePull(p *accel.Pull) []byte {
 
 func decodePull(key, b []byte) (accel.Pull, error) {
 	id, err := keyID(key)
-	p := accel.Pull{ID: id}
+	p := accel.Pull{ID: id, Start: time.Unix(0, 0).UTC()}
 	if err != nil {
 		return p, err
 	}
