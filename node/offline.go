@@ -1,0 +1,34 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"accel/cache"
+)
+
+// OfflineOptions describe a node that is stopped.
+type OfflineOptions struct {
+	Dir                         string // Options.Dir
+	BudgetBytes, FreeFloorBytes int64
+	// Canonical maps a registry's name to the one that the store has.
+	Canonical func(host string) (string, error)
+	Log       *slog.Logger
+}
+
+// Offline does something with the store of a stopped node. The error wraps
+// cache.ErrLocked when one is running after all.
+func Offline(ctx context.Context, o OfflineOptions, do func(context.Context, *Contents) error) (err error) {
+	store, err := cache.Open(cache.Options{Dir: storeDir(o.Dir), BudgetBytes: o.BudgetBytes, FreeFloorBytes: o.FreeFloorBytes, Log: o.Log})
+	if err != nil {
+		return fmt.Errorf("node's folder %s: %w", o.Dir, err)
+	}
+	running, stop := context.WithCancel(ctx)
+	ended := make(chan error, 1)
+	go func() { ended <- store.Run(running) }()
+	err = do(ctx, &Contents{store: store, canonical: o.Canonical})
+	stop()
+	return errors.Join(err, <-ended, store.Close())
+}
