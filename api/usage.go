@@ -1,6 +1,7 @@
 package api
 
 import (
+	"bytes"
 	"context"
 	"encoding/csv"
 	"encoding/json"
@@ -88,17 +89,21 @@ func (s *server) usageRoutes(routes huma.API) {
 		if err != nil {
 			return nil, s.problem(err)
 		}
+		var body bytes.Buffer // an error must not come after a good status
+		kind := "application/json"
+		if in.Format == "csv" || in.Format == "" && accepts(in.Accept, csvType) {
+			kind = csvType + "; charset=utf-8"
+			err = u.WriteCSV(&body)
+		} else {
+			err = json.NewEncoder(&body).Encode(u)
+		}
+		if err != nil {
+			return nil, s.problem(err)
+		}
 		return &huma.StreamResponse{Body: func(hc huma.Context) {
 			hc.SetHeader("Vary", "Accept")
-			var err error
-			if in.Format == "csv" || in.Format == "" && accepts(in.Accept, csvType) {
-				hc.SetHeader("Content-Type", csvType+"; charset=utf-8")
-				err = u.WriteCSV(hc.BodyWriter())
-			} else {
-				hc.SetHeader("Content-Type", "application/json")
-				err = json.NewEncoder(hc.BodyWriter()).Encode(u)
-			}
-			if err != nil {
+			hc.SetHeader("Content-Type", kind)
+			if _, err := hc.BodyWriter().Write(body.Bytes()); err != nil {
 				s.Log.Debug("cannot answer", "error", err)
 			}
 		}}, nil

@@ -147,7 +147,9 @@ func decodeRow(b []byte) (r row, err error) {
 		case fieldCount:
 			return r.decodeCount(raw)
 		case fieldSketch:
-			r.sketch = raw
+			if len(raw) > 0 {
+				r.sketch = raw
+			}
 		case fieldPlain:
 			r.saversPlain = int64(n)
 		case fieldSavers:
@@ -170,7 +172,7 @@ func (s *sums) decodeCount(raw []byte) error {
 		return fmt.Errorf("%w: a count %x", ErrDamaged, raw)
 	}
 	n, used := protowire.ConsumeVarint(raw[1:])
-	if used < 0 {
+	if used < 0 || int64(n) < 0 {
 		return fmt.Errorf("%w: a count %x", ErrDamaged, raw)
 	}
 	s.counts[raw[0]/placesOfMode][raw[0]%placesOfMode] = int64(n)

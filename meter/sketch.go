@@ -53,7 +53,10 @@ func (s sketch) encode() []byte {
 // quantile is a value that at most the part q of all are below; false where there is none.
 func (s sketch) quantile(q float64) (float64, bool) {
 	v, err := s.s.GetValueAtQuantile(q)
-	return v, err == nil
+	if err != nil {
+		return 0, false
+	}
+	return v, true
 }
 
 // sketchOf is encoded with one more value.

@@ -136,7 +136,7 @@ func TestUsageByTenantNodeDay(t *testing.T) {
 		"long ago, ahead": {meter.Query{From: day(1).AddDate(-100, 0, 0), To: day(1).AddDate(500, 0, 0)}, 9},
 	} {
 		c.q.By = meter.ByDay
-		if u := usage(t, l, c.q); u.Total.Pulls != c.want {
+		if u := usage(t, l, c.q); u.Total.Pulls != c.want || math.IsNaN(u.Total.P50) {
 			t.Errorf("%s: %d pulls, want %d", what, u.Total.Pulls, c.want)
 		}
 	}
