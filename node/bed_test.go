@@ -26,6 +26,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/sirupsen/logrus"
 	"go.uber.org/goleak"
 )
 
@@ -43,7 +44,8 @@ func TestMain(m *testing.M) {
 		beDaemon(dir, os.Getenv(registryVariable))
 		return
 	}
-	goleak.VerifyTestMain(m)
+	logrus.SetOutput(io.Discard) // the registry of the tests logs to it
+	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("github.com/docker/go-events.(*Broadcaster).run")) // distribution never ends it
 }
 
 // beDaemon runs a node until it is killed, and says where its mirror is.

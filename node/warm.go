@@ -26,10 +26,11 @@ const (
 // warms brings the images ahead that the server asks for, until ctx ends.
 func (n *Node) warms(ctx context.Context) error {
 	var pause pauses
+	wait := pollTime
 	for ctx.Err() == nil {
 		var wanted []accel.Warm
 		err := within(ctx, pollTime+answerTime, func(ctx context.Context) (err error) {
-			wanted, err = n.server.NextWarms(ctx, n.o.Name, pollTime)
+			wanted, err = n.server.NextWarms(ctx, n.o.Name, wait)
 			return err
 		})
 		if ctx.Err() != nil {
@@ -37,9 +38,11 @@ func (n *Node) warms(ctx context.Context) error {
 		}
 		n.server.tried("warms", err)
 		if err != nil {
+			wait = 0 // so that it is known at once when the server is back
 			pause.wait(ctx)
 			continue
 		}
+		wait = pollTime
 		pause.reset()
 		var g errgroup.Group
 		g.SetLimit(n.o.Warms)
