@@ -90,7 +90,8 @@ func TestUpstreamFaults(t *testing.T) {
 			}
 			seen := n.seen()
 			x := seen[len(seen)-1]
-			if c.status != 401 && (x.Complete != (c.status == 200) || (x.Err == nil) != (c.status == 200)) {
+			// A 401 to who showed no credentials is not told.
+			if r.status != 401 && (x.Complete != (c.status == 200) || (x.Err == nil) != (c.status == 200)) {
 				t.Errorf("transfer %+v", x)
 			}
 			up.set(nil)
@@ -156,4 +157,39 @@ func TestHostileManifests(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestManifestThatLiesAboutSizes harms its own repository alone.
+func TestManifestThatLiesAboutSizes(t *testing.T) {
+	up := newUpstream(t)
+	img := image(t, 1<<20)
+	up.push(t, "public/app", img, "v1")
+	up.push(t, "public/liar", img, "v1")
+	d, _ := layer(t, img, 0)
+	for name, other := range map[string]string{"smaller": "10485", "larger": "99048576"} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t, up)
+			up.set(on(http.MethodGet, "/public/liar/manifests/", 0, func(w http.ResponseWriter, r *http.Request, next http.Handler) bool {
+				lie := changed(func(b []byte) []byte { return bytes.ReplaceAll(b, []byte("1048576"), []byte(other)) }, false)
+				return lie(withoutDigest{w}, r, next)
+			}))
+			if r := n.get("public/liar/manifests/v1"); r.status != 200 {
+				t.Fatalf("manifest: %d %s", r.status, r.body)
+			}
+			if r := n.get("public/liar/blobs/" + d.String()); r.status != 502 && r.err == nil {
+				t.Errorf("got %d, %d bytes", r.status, len(r.body))
+			}
+			if err := n.pull("public/app", "v1"); err != nil {
+				t.Errorf("the honest one: %v", err)
+			}
+		})
+	}
+}
+
+// withoutDigest drops the header that would give the changed content away.
+type withoutDigest struct{ http.ResponseWriter }
+
+func (w withoutDigest) WriteHeader(status int) {
+	w.Header().Del("Docker-Content-Digest")
+	w.ResponseWriter.WriteHeader(status)
 }

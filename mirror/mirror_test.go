@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"accel"
+	"accel/cache"
 	"accel/mirror"
 	"accel/registry"
 
@@ -77,7 +78,7 @@ func TestPull(t *testing.T) {
 // TestConcurrentPulls: what is pulled many times at once is brought once.
 func TestConcurrentPulls(t *testing.T) {
 	up := newUpstream(t)
-	img := image(t, 8<<20, 2<<20, 100_000)
+	img := image(t, 4<<20, 1<<20, 100_000)
 	up.push(t, "public/app", img, "v1")
 	n := newNode(t, up)
 	var wg sync.WaitGroup
@@ -99,7 +100,7 @@ func TestConcurrentPulls(t *testing.T) {
 	for _, b := range up.blobBytes {
 		sent += b
 	}
-	if want := int64(10<<20 + 100_000 + len(config)); sent != want {
+	if want := int64(5<<20 + 100_000 + len(config)); sent != want {
 		t.Errorf("the registry sent %d bytes of an image of %d", sent, want)
 	}
 	var told accel.Tally
@@ -239,6 +240,32 @@ func TestAccess(t *testing.T) {
 	up.set(status(503))
 	if r := n.get("alice/app/manifests/"+d.String(), "Authorization", alice); r.status != 502 {
 		t.Errorf("a refusal is forgotten when the registry goes away: %d", r.status)
+	}
+}
+
+// TestRestart: what a client was allowed outlives the process, with the same key alone.
+func TestRestart(t *testing.T) {
+	up := newUpstream(t)
+	up.push(t, "alice/app", image(t, 1<<20), "v1")
+	dir, key := t.TempDir(), func(b byte) func(*mirror.Options) {
+		return func(o *mirror.Options) { o.Key = bytes.Repeat([]byte{b}, 32) }
+	}
+	kept := func(o *cache.Options) { o.Dir = dir }
+	alice := up.bearer(t, "alice")
+	first := newNode(t, up, kept, key(1))
+	if err := first.pull("alice/app", "v1", "Authorization", alice); err != nil {
+		t.Fatal(err)
+	}
+	first.stop()
+	up.srv.Close()
+	second := newNode(t, up, kept, key(1))
+	if err := second.pull("alice/app", "v1", "Authorization", alice); err != nil {
+		t.Errorf("after a restart, without the registry: %v", err)
+	}
+	second.stop()
+	third := newNode(t, up, kept, key(2))
+	if r := third.get("alice/app/manifests/v1", "Authorization", alice); r.status != 502 {
+		t.Errorf("with another key: %d", r.status)
 	}
 }
 
@@ -509,10 +536,10 @@ func TestListings(t *testing.T) {
 // TestClientThatTakesNothing loses its connection, and the store its reader.
 func TestClientThatTakesNothing(t *testing.T) {
 	up := newUpstream(t)
-	img := image(t, 32<<20)
+	img := image(t, 16<<20)
 	up.push(t, "public/app", img, "v1")
 	d, _ := layer(t, img, 0)
-	n := newNode(t, up, func(o *mirror.Options) { o.ClientPatience = 100 * time.Millisecond })
+	n := newNode(t, up, func(o *mirror.Options) { o.ClientPatience = 2 * time.Second })
 	if err := n.pull("public/app", "v1"); err != nil {
 		t.Fatal(err)
 	}

@@ -243,6 +243,7 @@ type node struct {
 	store  *cache.Store
 	mirror *mirror.Mirror
 	late   atomic.Int64 // how far its clock is ahead, in nanoseconds
+	stop   func()
 
 	mu        sync.Mutex
 	transfers []accel.Transfer
@@ -262,14 +263,20 @@ func own(user string) func(*registry.Options) {
 }
 
 // newNode starts a mirror in front of up. What changes options is a
-// func(*registry.Options) or a func(*mirror.Options).
+// func(*registry.Options), a func(*mirror.Options) or a func(*cache.Options).
 func newNode(t *testing.T, up *upstream, changes ...any) *node {
 	t.Helper()
 	n := &node{up: up}
 	now := func() time.Time { return time.Now().Add(time.Duration(n.late.Load())) }
 	log := slog.New(slog.DiscardHandler)
 	var err error
-	n.store, err = cache.Open(cache.Options{Dir: t.TempDir(), Log: log, Now: now})
+	content := cache.Options{Dir: t.TempDir(), Log: log, Now: now}
+	for _, c := range changes {
+		if c, ok := c.(func(*cache.Options)); ok {
+			c(&content)
+		}
+	}
+	n.store, err = cache.Open(content)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -297,7 +304,7 @@ func newNode(t *testing.T, up *upstream, changes ...any) *node {
 	go func() { ran <- n.store.Run(ctx) }()
 	srv := httptest.NewServer(n.mirror)
 	n.url = srv.URL
-	t.Cleanup(func() {
+	n.stop = sync.OnceFunc(func() {
 		srv.Close()
 		cancel()
 		if err := <-ran; err != nil && !errors.Is(err, context.Canceled) {
@@ -305,6 +312,7 @@ func newNode(t *testing.T, up *upstream, changes ...any) *node {
 		}
 		n.store.Close()
 	})
+	t.Cleanup(n.stop)
 	return n
 }
 
