@@ -44,7 +44,7 @@ func TestMain(m *testing.M) {
 		beDaemon(dir, os.Getenv(registryVariable))
 		return
 	}
-	logrus.SetOutput(io.Discard) // the registry of the tests logs to it
+	logrus.SetOutput(io.Discard)                                                                         // the registry of the tests logs to it
 	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("github.com/docker/go-events.(*Broadcaster).run")) // distribution never ends it
 }
 

@@ -1,10 +1,14 @@
 package node
 
 import (
+	"cmp"
 	"context"
-	"errors"
+	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -70,11 +74,11 @@ func (l *link) tried(what string, err error) {
 func (l *link) problem() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	errs := make([]error, 0, len(l.down))
-	for _, err := range l.down {
-		errs = append(errs, err)
+	if len(l.down) == 0 {
+		return nil
 	}
-	return errors.Join(errs...)
+	what := slices.Sorted(maps.Keys(l.down))
+	return fmt.Errorf("%s: %w", strings.Join(what, ", "), l.down[what[0]])
 }
 
 // answerTime is how long the server may take for an answer, beyond a long poll's own time.
@@ -93,11 +97,14 @@ const (
 )
 
 // pauses counts them.
-type pauses struct{ next time.Duration }
+type pauses struct {
+	next  time.Duration
+	limit time.Duration // zero: maxPause
+}
 
 // wait sleeps for the next pause, with jitter, so that a fleet does not come back all at once.
 func (p *pauses) wait(ctx context.Context) {
-	p.next = min(max(2*p.next, minPause), maxPause)
+	p.next = min(max(2*p.next, minPause), cmp.Or(p.limit, maxPause))
 	sleep(ctx, p.next/2+rand.N(p.next/2))
 }
 
@@ -114,7 +121,7 @@ func sleep(ctx context.Context, d time.Duration) {
 
 // heartbeats tell the server of the node until ctx ends.
 func (n *Node) heartbeats(ctx context.Context) error {
-	var pause pauses
+	pause := pauses{limit: min(n.o.Heartbeat, maxPause)}
 	for ctx.Err() == nil {
 		err := within(ctx, answerTime, func(ctx context.Context) error { return n.server.Heartbeat(ctx, n.self()) })
 		if ctx.Err() != nil {

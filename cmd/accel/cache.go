@@ -219,8 +219,11 @@ func checkProgress(cmd *cobra.Command) func(done, total int64) {
 
 func showReport(w *tabwriter.Writer, r cache.Report) {
 	row := func(name string, n int, bytes int64) {
-		if n > 0 || bytes > 0 {
+		switch {
+		case bytes > 0:
 			fmt.Fprintf(w, "%s\t%d\t%s\n", name, n, bytesText(bytes))
+		case n > 0:
+			fmt.Fprintf(w, "%s\t%d\n", name, n)
 		}
 	}
 	row("checked", r.CheckedBlobs, r.CheckedBytes)

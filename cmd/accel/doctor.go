@@ -41,7 +41,7 @@ codes: 0 nothing fails (there may be warnings), 1 something fails, 2 wrong usage
 		findings := doctor.Examine(cmd.Context(), o)
 		err = g.print(cmd, findings, func(w *tabwriter.Writer) {
 			for _, f := range findings {
-				fmt.Fprintf(w, "%s\t%s\t%s\n", f.Level, f.Area, f.Detail)
+				fmt.Fprintf(w, "%s\t%s\t%s\n", f.Level, f.Area, strings.ReplaceAll(f.Detail, "\n", "\n\t\t"))
 				if f.Mend != "" {
 					fmt.Fprintf(w, "\t\t-> %s\n", strings.ReplaceAll(f.Mend, "\n", "\n\t\t   "))
 				}
