@@ -69,7 +69,7 @@ func may(user, repository string) bool {
 	return user == "admin" || strings.HasPrefix(repository, "public/") || user != "" && strings.HasPrefix(repository, user+"/")
 }
 
-func newUpstream(t *testing.T) *upstream {
+func newUpstream(t testing.TB) *upstream {
 	t.Helper()
 	config := &configuration.Configuration{}
 	config.Log.AccessLog.Disabled = true
@@ -198,7 +198,7 @@ func (u *upstream) bearer(t *testing.T, user string) string {
 }
 
 // client is the administrator's.
-func (u *upstream) client(t *testing.T, change ...func(*registry.Options)) *registry.Client {
+func (u *upstream) client(t testing.TB, change ...func(*registry.Options)) *registry.Client {
 	t.Helper()
 	o := registry.Options{Hosts: []registry.Host{{Name: u.host, PlainHTTP: true, Username: "admin", Password: users["admin"]}}, Backoff: time.Millisecond}
 	for _, f := range change {
@@ -213,7 +213,7 @@ func (u *upstream) client(t *testing.T, change ...func(*registry.Options)) *regi
 }
 
 // push stores an image or index in a repository under tags.
-func (u *upstream) push(t *testing.T, repository string, what interface{ Digest() (v1.Hash, error) }, tags ...string) digest.Digest {
+func (u *upstream) push(t testing.TB, repository string, what interface{ Digest() (v1.Hash, error) }, tags ...string) digest.Digest {
 	t.Helper()
 	ctx := context.Background()
 	c := u.client(t)
@@ -264,7 +264,7 @@ func own(user string) func(*registry.Options) {
 
 // newNode starts a mirror in front of up. What changes options is a
 // func(*registry.Options), a func(*mirror.Options) or a func(*cache.Options).
-func newNode(t *testing.T, up *upstream, changes ...any) *node {
+func newNode(t testing.TB, up *upstream, changes ...any) *node {
 	t.Helper()
 	n := &node{up: up}
 	now := func() time.Time { return time.Now().Add(time.Duration(n.late.Load())) }
@@ -442,7 +442,7 @@ func unranged(w http.ResponseWriter, r *http.Request, next http.Handler) bool {
 }
 
 // image makes one of layers of random bytes.
-func image(t *testing.T, sizes ...int) v1.Image {
+func image(t testing.TB, sizes ...int) v1.Image {
 	t.Helper()
 	var added []v1.Layer
 	for _, n := range sizes {
@@ -457,7 +457,7 @@ func image(t *testing.T, sizes ...int) v1.Image {
 	return img
 }
 
-func index(t *testing.T, images ...v1.Image) v1.ImageIndex {
+func index(t testing.TB, images ...v1.Image) v1.ImageIndex {
 	t.Helper()
 	idx := mutate.IndexMediaType(empty.Index, types.OCIImageIndex)
 	for i, img := range images {
@@ -467,7 +467,7 @@ func index(t *testing.T, images ...v1.Image) v1.ImageIndex {
 	return idx
 }
 
-func digestOf(t *testing.T, m interface{ Digest() (v1.Hash, error) }) digest.Digest {
+func digestOf(t testing.TB, m interface{ Digest() (v1.Hash, error) }) digest.Digest {
 	t.Helper()
 	h, err := m.Digest()
 	if err != nil {
@@ -477,7 +477,7 @@ func digestOf(t *testing.T, m interface{ Digest() (v1.Hash, error) }) digest.Dig
 }
 
 // layer is the digest and the content of an image's layer.
-func layer(t *testing.T, img v1.Image, i int) (digest.Digest, []byte) {
+func layer(t testing.TB, img v1.Image, i int) (digest.Digest, []byte) {
 	t.Helper()
 	layers, err := img.Layers()
 	if err != nil {
