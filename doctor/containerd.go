@@ -85,7 +85,7 @@ func (o *Options) plan() ([]install.Change, error) {
 
 // hosts says whether containerd would ask the node first, registry by registry.
 func hosts(plan []install.Change) []Finding {
-	var found []Finding
+	found := make([]Finding, 0, len(plan))
 	for _, c := range plan {
 		switch c.Action {
 		case install.Keep:

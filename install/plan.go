@@ -67,9 +67,10 @@ func Plan(o Options) ([]Change, error) {
 	if err := o.finish(); err != nil {
 		return nil, err
 	}
-	var plan []Change
 	wanted := map[string]bool{}
-	for _, h := range o.hosts() {
+	names := o.hosts()
+	plan := make([]Change, 0, len(names)+1)
+	for _, h := range names {
 		c, err := o.planHost(h)
 		if err != nil {
 			return nil, err
@@ -153,7 +154,7 @@ func (o *Options) finish() error {
 
 // hosts are the names that containerd may ask for, each once.
 func (o *Options) hosts() []hosts {
-	var all []hosts
+	all := make([]hosts, 0, len(o.Registries)+1)
 	for _, r := range o.Registries {
 		for _, name := range append([]string{r.Name}, r.Aliases...) {
 			all = append(all, hosts{name: strings.ToLower(name), plainHTTP: r.PlainHTTP, caFile: r.CAFile, mirror: o.Mirror, headers: o.Headers})
@@ -173,7 +174,7 @@ func (o *Options) hostsFiles() ([]string, error) {
 	if err != nil && !os.IsNotExist(err) {
 		return nil, fmt.Errorf("look for hosts.toml files: %w", err)
 	}
-	var found []string
+	found := make([]string, 0, len(entries))
 	for _, e := range entries {
 		path := filepath.Join(dir, e.Name(), hostsFile)
 		if _, err := os.Lstat(path); err == nil {

@@ -181,7 +181,8 @@ func (c *Contents) Pin(ctx context.Context, what string) (Content, error) {
 	if !content.Complete {
 		return content, fmt.Errorf("%w: %s is not complete in the cache; pull it first, or pin it while the node runs", accel.ErrConflict, what)
 	}
-	held := append([]digest.Digest(nil), content.manifests...)
+	held := make([]digest.Digest, 0, len(content.manifests)+len(content.Blobs))
+	held = append(held, content.manifests...)
 	for _, b := range content.Blobs {
 		held = append(held, b.Digest)
 	}
