@@ -214,7 +214,7 @@ const greeting = "hello from inside"
 func program(t *testing.T) v1.Layer {
 	t.Helper()
 	dir := t.TempDir()
-	must(t, os.WriteFile(filepath.Join(dir, "main.go"), []byte("package main\n\nfunc main() { println(\"" + greeting + "\") }\n"), 0o600))
+	must(t, os.WriteFile(filepath.Join(dir, "main.go"), []byte("package main\n\nfunc main() { println(\""+greeting+"\") }\n"), 0o600))
 	cmd := exec.Command("go", "build", "-o", "hello", "main.go")
 	cmd.Dir, cmd.Env = dir, append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
