@@ -324,7 +324,7 @@ func TestDiesWhileOpening(t *testing.T) {
 
 func TestDamagedFile(t *testing.T) {
 	for name, damage := range map[string]func(path string) error{
-		"a flipped bit": func(path string) error { return flip(path) },
+		"a flipped bit": flip,
 		"cut":           func(path string) error { return os.Truncate(path, 100) },
 		"gone":          os.Remove,
 		"longer":        func(path string) error { return os.Truncate(path, 40*mib) },

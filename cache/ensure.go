@@ -20,7 +20,7 @@ func (s *Store) Ensure(ctx context.Context, b accel.BlobDescriptor, f Fetcher, l
 	if err != nil {
 		return accel.Tally{}, err
 	}
-	defer r.Close()
+	defer func() { _ = r.Close() }()
 	for {
 		n, err := r.await()
 		if errors.Is(err, io.EOF) {

@@ -506,7 +506,7 @@ func (d *drain) pass(ctx context.Context, to int64) error {
 func (d *drain) read(ctx context.Context, p []byte) (int, error) {
 	n, err := d.st.Read(p)
 	d.s.m.filled(n, d.st.Peer)
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF // at the end of the blob nobody looks at it
 	}
 	if ctx.Err() != nil {

@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"errors"
 	"fmt"
 	"hash"
 	"io"
@@ -130,7 +131,7 @@ func (p *passing) streamError(r *Reader, err error) error {
 	if err == nil {
 		return nil
 	}
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
 	return fmt.Errorf("blob %s, at byte %d of %d: %w", r.desc.Digest, p.at, r.desc.SizeBytes, err)
@@ -191,7 +192,7 @@ func (r *Reader) writePassing(w io.Writer) (total int64, err error) {
 				return total, err
 			}
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return total, nil
 		}
 		if err != nil {

@@ -240,7 +240,7 @@ func (r *Reader) WriteTo(w io.Writer) (total int64, err error) {
 	}
 	for r.passing == nil {
 		n, err := r.await()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return total, nil
 		}
 		if errors.Is(err, errPass) {

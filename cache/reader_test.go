@@ -397,7 +397,7 @@ func TestStoppedStore(t *testing.T) {
 	if _, err := b.OpenBlob(t.Context(), describe(data), 0, -1, nil); !errors.Is(err, ErrClosed) {
 		t.Errorf("after Close: %v", err)
 	}
-	if err := b.Store.Run(t.Context()); !errors.Is(err, ErrClosed) {
+	if err := b.Run(t.Context()); !errors.Is(err, ErrClosed) {
 		t.Errorf("Run after Close: %v", err)
 	}
 }

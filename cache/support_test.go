@@ -204,7 +204,7 @@ func (st *sourceStream) Read(p []byte) (int, error) {
 			stop, wait = g.at, g.open
 		}
 	}
-	spoil := st.source.spoil
+	spoil := st.spoil
 	st.mu.Unlock()
 	if st.at == stop && wait != nil {
 		select {

@@ -68,7 +68,7 @@ func (o *Options) containerdVersion(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	answer, err := version.NewVersionClient(conn).Version(ctx, &emptypb.Empty{})
 	if err != nil {
 		return "", err

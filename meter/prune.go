@@ -113,7 +113,7 @@ func removePrefix(b *bbolt.Bucket, prefix []byte, most int) (int, error) {
 	for k, _ := c.Seek(prefix); bytes.HasPrefix(k, prefix) && len(keys) < most; k, _ = c.Next() {
 		keys = append(keys, bytes.Clone(k))
 	}
-	var errs []error
+	var errs []error //nolint:prealloc
 	for _, k := range keys {
 		errs = append(errs, b.Delete(k))
 	}
@@ -138,7 +138,7 @@ func sweepNames(bt *bbolt.Tx) error {
 			names, texts = append(names, bytes.Clone(k)), append(texts, bytes.Clone(v))
 		}
 	}
-	var errs []error
+	var errs []error //nolint:prealloc
 	for i := range names {
 		errs = append(errs, bt.Bucket(bucketTexts).Delete(names[i]), bt.Bucket(bucketNames).Delete(texts[i]))
 	}

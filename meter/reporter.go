@@ -55,7 +55,7 @@ func (r *Reporter) Run(ctx context.Context) error {
 		}
 		err = r.send(ctx, pulls, log)
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr
 		}
 		var away *awayError
 		switch {

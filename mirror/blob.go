@@ -129,7 +129,7 @@ func (p part) copyTo(x *exchange, w io.Writer) error {
 }
 
 func (p part) close(x *exchange) {
-	p.reader.Close()
+	_ = p.reader.Close()
 	x.transfer.Tally.Add(p.reader.Tally())
 }
 

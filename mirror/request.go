@@ -35,14 +35,6 @@ type question struct {
 	digest digest.Digest
 }
 
-// reference is the tag or digest.
-func (q question) reference() string {
-	if q.tag != "" {
-		return q.tag
-	}
-	return q.digest.String()
-}
-
 // maxPathBytes bounds what parse looks at: a host, a name (255), a digest.
 const maxPathBytes = 1024
 

@@ -153,7 +153,7 @@ type sink struct{ *link }
 func (s sink) ReportPulls(ctx context.Context, pulls []accel.Pull) error {
 	err := within(ctx, answerTime, func(ctx context.Context) error { return s.Client.ReportPulls(ctx, pulls) })
 	if ctx.Err() == nil {
-		s.noted("reports of pulls", err) // the reporter logs by itself
+		_ = s.noted("reports of pulls", err) // the reporter logs by itself
 	}
 	return err
 }

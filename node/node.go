@@ -149,7 +149,7 @@ func storeDir(dir string) string { return filepath.Join(dir, "cache") }
 // It may be called once; then comes Close.
 func (n *Node) Run(ctx context.Context, mirrorListener, adminListener net.Listener, beside ...Served) error {
 	g, ctx := errgroup.WithContext(ctx)
-	servers := []*http.Server{
+	servers := []*http.Server{ //nolint:prealloc
 		n.serve(g, mirrorListener, n.mirror),
 		n.serve(g, adminListener, n.admin(ctx)),
 	}

@@ -29,7 +29,7 @@ func ListenAdmin(ctx context.Context, path string) (net.Listener, error) {
 	if _, err := os.Lstat(path); err == nil {
 		conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "unix", path)
 		if err == nil {
-			conn.Close()
+			_ = conn.Close()
 			return nil, fmt.Errorf("%w: another node answers on %s; stop that one, or choose another socket", accel.ErrConflict, path)
 		}
 		if !refused(err) {
@@ -43,7 +43,7 @@ func ListenAdmin(ctx context.Context, path string) (net.Listener, error) {
 	l, err := listenAndMove(ctx, filepath.Join(private, "s"), path)
 	if err = errors.Join(err, os.RemoveAll(private)); err != nil {
 		if l != nil {
-			l.Close()
+			_ = l.Close()
 		}
 		return nil, fmt.Errorf("socket of the node: %w", err)
 	}

@@ -48,7 +48,7 @@ func child(name, src string) int {
 		if err != nil {
 			return err
 		}
-		defer os.RemoveAll(dir)
+		defer func() { _ = os.RemoveAll(dir) }()
 		var o outcome
 		if name == "giant" {
 			o, err = giant(dir)

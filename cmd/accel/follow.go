@@ -32,7 +32,7 @@ func (s *service) followReady(ctx context.Context) error {
 		case <-time.After(followPause):
 		}
 	}
-	return nil
+	return nil //nolint:nilerr
 }
 
 func (s *service) follow(ctx context.Context) error {
