@@ -31,8 +31,8 @@ type nodeRun struct {
 const quiet = 400 * time.Millisecond
 
 // newNode configures a node for one registry. With a user, that is the node's
-// own credential.
-func newNode(t *testing.T, reg *testbed.Registry, server, user, password string) *nodeRun {
+// own credential. More are further lines of the configuration.
+func newNode(t *testing.T, reg *testbed.Registry, server, user, password string, more ...string) *nodeRun {
 	t.Helper()
 	// Not the test's own directory: the path of a socket has at most 107 bytes.
 	dir, err := os.MkdirTemp("", "accel-node-")
@@ -63,7 +63,8 @@ heartbeat: 1s
 cache: {budget: 2GB, free_floor: 1MB}
 mirror: {tag_ttl: 0s}
 pulls: {quiet: %s}
-`, n.mirror, filepath.Join(dir, "data"), n.socket(), reg.Host(), own, reg.Host(), server, quiet), 0o600))
+%s
+`, n.mirror, filepath.Join(dir, "data"), n.socket(), reg.Host(), own, reg.Host(), server, quiet, strings.Join(more, "\n")), 0o600))
 	return n
 }
 
