@@ -68,7 +68,11 @@ func TestUpstreamFaults(t *testing.T) {
 			img := image(t, size)
 			up.push(t, "public/app", img, "v1")
 			d, content := layer(t, img, 0)
-			n := newNode(t, up, func(o *registry.Options) { o.StallTimeout = 300 * time.Millisecond })
+			n := newNode(t, up, func(o *registry.Options) {
+				if o.StallTimeout = time.Minute; strings.Contains(name, "stall") {
+					o.StallTimeout = time.Second
+				}
+			})
 			if r := n.get("public/app/manifests/v1"); r.status != 200 {
 				t.Fatalf("manifest: %d %s", r.status, r.body)
 			}

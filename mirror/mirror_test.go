@@ -134,7 +134,11 @@ func TestOffline(t *testing.T) {
 			up.push(t, "public/app", image(t, 20), "other")
 			up.push(t, "alice/app", image(t, 20), "v1")
 			n := newNode(t, up, func(o *mirror.Options) { o.Patience = 300 * time.Millisecond },
-				func(o *registry.Options) { o.StallTimeout, o.Attempts = 300*time.Millisecond, 2 })
+				func(o *registry.Options) {
+					if name == "hangs" {
+						o.StallTimeout, o.Attempts = time.Second, 2
+					}
+				})
 			alice := up.bearer(t, "alice")
 			if err := errors.Join(n.pull("public/app", "v1"), n.pull("alice/app", "v1", "Authorization", alice)); err != nil {
 				t.Fatal(err)
