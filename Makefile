@@ -3,7 +3,7 @@ GO            ?= go
 GOLANGCI_LINT := v2.15.0
 TOOLS         := $(CURDIR)/.tools
 
-.PHONY: run build test test-long lint fuzz bench bench-convert clean tools setup
+.PHONY: run build test test-long lint fuzz bench bench-convert bench-node clean tools setup
 
 run: build ## start accel with an embedded registry under ./accel-data
 	./bin/accel up
@@ -39,6 +39,9 @@ bench: build ## the service's figures; rows go to bench/out/serve.jsonl too
 
 bench-convert: ## conversion of a 1 GB image next to the stock library and gzip
 	$(GO) run ./bench/convert
+
+bench-node: build ## 100 pulls at once through the node's mirror next to the bare registry; its memory and start
+	$(GO) run ./bench/node
 
 clean:
 	rm -rf bin bench/out
