@@ -11,23 +11,32 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 )
 
-// The tables of the index.
+// The tables of the index: the first byte of a row's key.
 const (
-	tableMeta      = "meta"
-	tableBlobs     = "blobs"
-	tableManifests = "manifests"
-	tableTags      = "tags"
-	tableLinks     = "links"
-	tableGrants    = "grants"
-	tablePins      = "pins"
+	tableBlobs     = "b"
+	tableManifests = "m"
+	tableTags      = "t"
+	tableLinks     = "l"
+	tableGrants    = "g"
+	tablePins      = "p"
+	tableMeta      = "f"
 )
 
-var tables = []string{tableMeta, tableBlobs, tableManifests, tableTags, tableLinks, tableGrants, tablePins}
+// bucket holds all rows. There is one only: bbolt keeps a small bucket within
+// a row of another, copies that to the heap, and follows what offsets a damaged one has there,
+// which the garbage collector may find and end the process for. The padding
+// of the row about the format makes it too large for that.
+var (
+	bucket     = []byte("rows")
+	formatKey  = []byte(tableMeta + "ormat")
+	formatFill = make([]byte, 2048)
+)
 
 // kept says how many rows of a table there may be; the oldest above it are removed. What a
 // registry or a client makes us remember is bounded so.
@@ -124,7 +133,7 @@ func (x *index) begin() int {
 func (x *index) open(load func(table, key string, content []byte) error) (err error) {
 	defer func() {
 		if err != nil && x.file != nil {
-			x.file.Close() // also what bbolt leaves open when it panics
+			_ = abandon(x.file) // the error is known
 			x.db, x.file = nil, nil
 		}
 	}()
@@ -151,16 +160,11 @@ func (x *index) open(load func(table, key string, content []byte) error) (err er
 	}
 	return x.db.View(func(tx *bbolt.Tx) error {
 		x.counts = map[string]int{}
-		for _, table := range tables[1:] {
-			if err := x.walk(tx, table, load); err != nil {
-				return err
-			}
-		}
-		return nil
+		return x.walk(tx, load)
 	})
 }
 
-// prepare makes the tables of a new file.
+// prepare makes the bucket of a new file.
 func (x *index) prepare() error {
 	fresh := false
 	err := x.db.View(func(tx *bbolt.Tx) error {
@@ -175,11 +179,11 @@ func (x *index) prepare() error {
 			fresh = true
 			return nil
 		}
-		meta := tx.Bucket([]byte(tableMeta))
-		if meta == nil {
-			return fmt.Errorf("%w: it has no table %s", ErrDamaged, tableMeta)
+		rows, err := rowsOf(tx)
+		if err != nil {
+			return err
 		}
-		if f := meta.Get([]byte("format")); !bytes.Equal(f, []byte(format)) {
+		if f := rows.Get(formatKey); !bytes.HasPrefix(f, []byte(format+"\x00")) {
 			return fmt.Errorf("%w: its format is %.40q, this version of accel reads %q", ErrDamaged, f, format)
 		}
 		return nil
@@ -188,39 +192,73 @@ func (x *index) prepare() error {
 		return err
 	}
 	return x.db.Update(func(tx *bbolt.Tx) error {
-		for _, table := range tables {
-			if _, err := tx.CreateBucket([]byte(table)); err != nil {
-				return err
-			}
-		}
-		return tx.Bucket([]byte(tableMeta)).Put([]byte("format"), []byte(format))
-	})
-}
-
-// walk shows load every row of a table.
-func (x *index) walk(tx *bbolt.Tx, table string, load func(table, key string, content []byte) error) error {
-	b := tx.Bucket([]byte(table))
-	if b == nil {
-		return fmt.Errorf("%w: it has no table %s", ErrDamaged, table)
-	}
-	most := tx.Size() / checksumBytes // rows that the file can hold; more of them are a circle
-	var last []byte
-	c := b.Cursor()
-	for k, v := c.First(); k != nil; k, v = c.Next() {
-		if most--; most < 0 || (last != nil && bytes.Compare(last, k) >= 0) {
-			return fmt.Errorf("%w: the keys of table %s are out of order", ErrDamaged, table)
-		}
-		last = k
-		content, err := openRow(table, string(k), v)
+		rows, err := tx.CreateBucket(bucket)
 		if err != nil {
 			return err
 		}
-		if err := load(table, string(k), content); err != nil {
+		return rows.Put(formatKey, append([]byte(format), formatFill...))
+	})
+}
+
+func rowsOf(tx *bbolt.Tx) (*bbolt.Bucket, error) {
+	rows := tx.Bucket(bucket)
+	if rows == nil || rows.Root() == 0 { // within another row: never ours
+		return nil, fmt.Errorf("%w: it has no rows", ErrDamaged)
+	}
+	return rows, nil
+}
+
+// eachRow shows the rows one after the other.
+func eachRow(tx *bbolt.Tx, each func(table, key string, k, v []byte) error) error {
+	rows, err := rowsOf(tx)
+	if err != nil {
+		return err
+	}
+	most := tx.Size() / checksumBytes // rows that the file can hold; more of them are a circle
+	inside := mapped(tx)
+	var last []byte
+	c := rows.Cursor()
+	for k, v := c.First(); k != nil; k, v = c.Next() {
+		if len(k) == 0 || !inside(k) || !inside(v) {
+			return fmt.Errorf("%w: a row lies outside of the file", ErrDamaged)
+		}
+		if most--; most < 0 || bytes.Compare(last, k) >= 0 {
+			return fmt.Errorf("%w: rows are out of order", ErrDamaged)
+		}
+		if last = k; bytes.Equal(k, formatKey) {
+			continue
+		}
+		if err := each(string(k[:1]), string(k[1:]), k, v); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// walk shows load every row.
+func (x *index) walk(tx *bbolt.Tx, load func(table, key string, content []byte) error) error {
+	return eachRow(tx, func(table, key string, _, v []byte) error {
+		content, err := openRow(table, key, v)
+		if err != nil {
+			return err
+		}
+		if err := load(table, key, content); err != nil {
 			return fmt.Errorf("%w: table %s: %w", ErrDamaged, table, err)
 		}
 		x.counts[table]++
+		return nil
+	})
+}
+
+// mapped says whether a slice that bbolt gave lies in the file: where it comes from noise, it
+// may be anywhere.
+func mapped(tx *bbolt.Tx) func([]byte) bool {
+	start := tx.DB().Info().Data
+	end := start + uintptr(tx.Size())
+	return func(b []byte) bool {
+		at := uintptr(unsafe.Pointer(unsafe.SliceData(b)))
+		return len(b) == 0 || (at >= start && at < end && uintptr(len(b)) <= end-at)
 	}
-	return nil
 }
 
 // setAside moves the index away and keeps of it what is good by itself: rows about
@@ -246,7 +284,7 @@ func (x *index) save() {
 	var file *os.File
 	defer func() {
 		if file != nil {
-			file.Close()
+			_ = abandon(file) // it was only read
 		}
 	}()
 	db, err := bbolt.Open(x.asidePath(), 0o600, &bbolt.Options{
@@ -263,28 +301,27 @@ func (x *index) save() {
 	if err != nil {
 		return
 	}
-	for _, table := range []string{tablePins, tableManifests, tableTags, tableLinks, tableGrants} {
-		x.saveTable(tx, table)
-	}
+	x.saveRows(tx)
 	_ = tx.Rollback() // of a read
 	_ = db.Close()    // of a file that was only read
 }
 
-func (x *index) saveTable(tx *bbolt.Tx, table string) {
+// abandon closes the file of a bbolt.DB that cannot be closed itself: after a panic it
+// may hold its locks. The map of the file stays, and with it the lock would.
+func abandon(file *os.File) error {
+	return errors.Join(syscall.Flock(int(file.Fd()), syscall.LOCK_UN), file.Close())
+}
+
+// saveRows keeps what is good; the first thing that makes no sense ends it.
+func (x *index) saveRows(tx *bbolt.Tx) {
 	var err error
 	defer guard(&err, "save")
-	b := tx.Bucket([]byte(table))
-	if b == nil {
-		return
-	}
-	most := tx.Size() / checksumBytes
-	c := b.Cursor()
-	for k, v := c.First(); k != nil && most > 0; k, v = c.Next() {
-		most--
-		if _, err := openRow(table, string(k), v); err == nil {
-			x.pending[rowKey{table, string(k)}] = bytes.Clone(v)
+	err = eachRow(tx, func(table, key string, _, v []byte) error {
+		if _, err := openRow(table, key, v); err == nil && table != tableBlobs {
+			x.pending[rowKey{table, key}] = bytes.Clone(v)
 		}
-	}
+		return nil
+	})
 }
 
 // guard turns a panic of bbolt, which panics on pages that make no sense, or a memory
@@ -325,9 +362,16 @@ func fetchRow(db *bbolt.DB, k rowKey) (content []byte, err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer guard(&err, "read")
 	err = db.View(func(tx *bbolt.Tx) error {
-		v := tx.Bucket([]byte(k.table)).Get([]byte(k.key))
+		rows, err := rowsOf(tx)
+		if err != nil {
+			return err
+		}
+		v := rows.Get([]byte(k.table + k.key))
 		if v == nil {
 			return nil
+		}
+		if !mapped(tx)(v) {
+			return fmt.Errorf("%w: a row lies outside of the file", ErrDamaged)
 		}
 		c, err := openRow(k.table, k.key, v)
 		content = bytes.Clone(c)
@@ -392,20 +436,24 @@ func (x *index) write(flight, own map[rowKey][]byte) (counts map[string]int, err
 	defer guard(&err, "write")
 	counts = maps.Clone(x.counts)
 	err = x.db.Update(func(tx *bbolt.Tx) error {
+		b, err := rowsOf(tx)
+		if err != nil {
+			return err
+		}
 		for _, rows := range []map[rowKey][]byte{flight, own} {
 			for k, row := range rows {
-				b := tx.Bucket([]byte(k.table))
-				had := b.Get([]byte(k.key)) != nil
+				key := []byte(k.table + k.key)
+				had := b.Get(key) != nil
 				switch {
 				case row != nil:
-					if err := b.Put([]byte(k.key), row); err != nil {
+					if err := b.Put(key, row); err != nil {
 						return err
 					}
 					if !had {
 						counts[k.table]++
 					}
 				case had:
-					if err := b.Delete([]byte(k.key)); err != nil {
+					if err := b.Delete(key); err != nil {
 						return err
 					}
 					counts[k.table]--
@@ -414,7 +462,7 @@ func (x *index) write(flight, own map[rowKey][]byte) (counts map[string]int, err
 		}
 		for table, most := range kept {
 			if counts[table] > most+most/10 {
-				n, err := removeOldest(tx.Bucket([]byte(table)), table, counts[table]-most)
+				n, err := removeOldest(b, table, counts[table]-most)
 				if err != nil {
 					return err
 				}
@@ -473,7 +521,7 @@ func (x *index) close() error {
 		return nil
 	}
 	if wedged {
-		return x.file.Close() // the rest would hang
+		return abandon(x.file)
 	}
 	return db.Close()
 }

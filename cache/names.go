@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"fmt"
 	"slices"
@@ -143,24 +144,24 @@ func (s *Store) forgetRow(table, key string) error {
 	return nil
 }
 
-// removeOldest removes the n rows of b that were put the longest ago.
+// removeOldest removes the n rows of a table that were put the longest ago.
 func removeOldest(b *bbolt.Bucket, table string, n int) (int, error) {
 	type aged struct {
 		key string
 		seq uint64
 	}
 	var all []aged
-	err := b.ForEach(func(k, v []byte) error {
-		content, err := openRow(table, string(k), v)
+	c := b.Cursor()
+	for k, v := c.Seek([]byte(table)); bytes.HasPrefix(k, []byte(table)); k, v = c.Next() {
+		content, err := openRow(table, string(k[len(table):]), v)
 		if err != nil {
-			return err
+			return 0, err
 		}
 		r, err := decodeDated(content)
+		if err != nil {
+			return 0, err
+		}
 		all = append(all, aged{string(k), r.seq})
-		return err
-	})
-	if err != nil {
-		return 0, err
 	}
 	slices.SortFunc(all, func(a, b aged) int { return int(int64(a.seq - b.seq)) })
 	n = min(n, len(all))

@@ -147,12 +147,14 @@ func (s *Store) load(table, key string, content []byte) error {
 		for _, d := range digests {
 			s.pinned[d]++
 		}
-	default:
+	case tableTags, tableLinks, tableGrants:
 		r, err := decodeDated(content)
 		if err != nil {
 			return err
 		}
 		s.seq = max(s.seq, r.seq)
+	default:
+		return fmt.Errorf("%w: a row of table %.20q", ErrDamaged, table)
 	}
 	return nil
 }

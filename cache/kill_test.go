@@ -1,0 +1,216 @@
+package cache
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"accel"
+
+	"github.com/opencontainers/go-digest"
+)
+
+const killBlobs = 12
+
+// killContent is one of the blobs of the kill loop; of different sizes, so that some end and some do not.
+func killContent(i int) []byte { return content(2000+i, (i%4)*3*mib+i*1000+1) }
+
+// beKilled pulls blobs, whole and in ranges, evicts, pins and checks without end.
+func beKilled(dir, seed string) {
+	n, err := strconv.Atoi(seed)
+	if err != nil {
+		panic(err)
+	}
+	s, err := Open(Options{Dir: dir, BudgetBytes: 45 * mib, Log: quiet()})
+	if err != nil {
+		panic(err)
+	}
+	ctx := context.Background()
+	go func() { panic(s.Run(ctx)) }()
+	blobs := make([][]byte, killBlobs)
+	for i := range blobs {
+		blobs[i] = killContent(i)
+	}
+	fmt.Println("at work")
+	for client := range 6 {
+		go func() {
+			rng := rand.New(rand.NewPCG(uint64(n), uint64(client)))
+			for {
+				data := blobs[rng.IntN(killBlobs)]
+				offset, length := int64(0), int64(-1)
+				if rng.IntN(3) == 0 {
+					offset = rng.Int64N(int64(len(data)))
+					length = rng.Int64N(int64(len(data)) - offset)
+				}
+				r, err := s.OpenBlob(ctx, describe(data), offset, length, from(data))
+				if err != nil {
+					panic(err)
+				}
+				want := data[offset:]
+				if length >= 0 {
+					want = want[:length]
+				}
+				if _, err = r.WriteTo(&compared{want}); err != nil {
+					panic(err)
+				}
+				r.Close()
+			}
+		}()
+	}
+	for i := 0; ; i++ { // what is answered is durable
+		owner := fmt.Sprint("owner", i)
+		if err := s.Pin(owner, digest.FromBytes(blobs[i%2])); err != nil {
+			panic(err)
+		}
+		fmt.Println("pinned", owner)
+		if err := s.PutTag("registry.example/app", fmt.Sprint("v", i%10), Tag{Digest: digest.FromBytes(blobs[0]), CheckedAt: time.Now()}); err != nil {
+			panic(err)
+		}
+		if err := s.Unpin(owner); err != nil {
+			panic(err)
+		}
+		fmt.Println("unpinned", owner)
+	}
+}
+
+func TestKilled(t *testing.T) { killLoop(t, 20) }
+
+func TestKilledLong(t *testing.T) {
+	if os.Getenv("ACCEL_TEST_LONG") == "" {
+		t.Skip("SKIPPED here: the long kill loop runs in `make test-long`")
+	}
+	killLoop(t, 200)
+}
+
+// killLoop kills a process that pulls at random instants. After each, every byte that the index
+// marks as there must be the right one, and everything can be pulled.
+func killLoop(t *testing.T, kills int) {
+	dir := filepath.Join(t.TempDir(), "cache")
+	blobs := map[digest.Digest][]byte{}
+	for i := range killBlobs {
+		data := killContent(i)
+		blobs[digest.FromBytes(data)] = data
+	}
+	whole, parts, evicted := 0, 0, 0
+	for run := range kills {
+		cmd := role("killed", dir, fmt.Sprint(run))
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewReader(out)
+		if _, err := lines.ReadString('\n'); err != nil {
+			t.Fatalf("run %d: %v", run, err)
+		}
+		// The instant of the kill, not a wait for anything. A commit comes each second.
+		kill := time.AfterFunc(time.Duration(rand.IntN(1_500_000))*time.Microsecond, func() { _ = cmd.Process.Kill() })
+		rest, err := io.ReadAll(lines)
+		kill.Stop()
+		_ = cmd.Wait() // killed
+		if err != nil {
+			t.Fatal(err)
+		}
+		last := ""
+		for line := range strings.Lines(string(rest[:strings.LastIndexByte(string(rest), '\n')+1])) {
+			last = strings.TrimSpace(line)
+		}
+		w, p, e := checkKilled(t, dir, blobs, last)
+		whole, parts, evicted = whole+w, parts+p, evicted+e
+	}
+	t.Logf("%d kills; after them %d whole blobs and %d parts of others were there, every byte right; %d were evicted when the kill came", kills, whole, parts, evicted)
+	if whole == 0 || parts == 0 {
+		t.Error("the kills left nothing to look at")
+	}
+}
+
+// checkKilled compares everything that is marked with what it has to be.
+func checkKilled(t *testing.T, dir string, blobs map[digest.Digest][]byte, last string) (whole, parts, evicted int) {
+	t.Helper()
+	s, err := Open(Options{Dir: dir, Log: quiet()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(s.index.asidePath()); err == nil {
+		t.Fatal("the index was damaged by a kill")
+	}
+	if owner, ok := strings.CutPrefix(last, "pinned "); ok && len(s.Pins()[owner]) == 0 {
+		// It may have been unpinned durably without having said so.
+		t.Logf("the pin of %s, said last, is gone: unpinned meanwhile", owner)
+	}
+	if owner, ok := strings.CutPrefix(last, "unpinned "); ok && len(s.Pins()[owner]) != 0 {
+		t.Fatalf("%s was unpinned and holds %v", owner, s.Pins()[owner])
+	}
+	for owner := range s.Pins() {
+		if err := s.Unpin(owner); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, e := range s.List() {
+		data := blobs[e.Digest]
+		if data == nil {
+			t.Fatalf("nobody pulled %s", e.Digest)
+		}
+		if _, err := os.Lstat(s.path(e.Digest)); errors.Is(err, os.ErrNotExist) {
+			evicted++ // just before the kill, and the index had not been told
+			continue
+		}
+		if e.Complete {
+			whole++
+		}
+		for offset := int64(0); offset < e.SizeBytes; offset += partBytes {
+			length := min(partBytes, e.SizeBytes-offset)
+			r, err := s.OpenBlob(t.Context(), accel.BlobDescriptor{Digest: e.Digest, SizeBytes: -1}, offset, length, nil)
+			if errors.Is(err, accel.ErrNotFound) && !e.Complete {
+				continue
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			c := &compared{data[offset : offset+length]}
+			if _, err := r.WriteTo(c); err != nil || len(c.left) > 0 {
+				t.Fatalf("part at %d of %s (complete: %v): %d bytes are missing, %v", offset, e.Digest, e.Complete, len(c.left), err)
+			}
+			r.Close()
+			if !e.Complete {
+				parts++
+			}
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := s.Run(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	for _, data := range blobs {
+		mustGet(t, s, data, 0, -1, from(data))
+	}
+	cancel()
+	wg.Wait()
+	// Half of it goes, so that the next run has something to fetch.
+	for i, e := range s.List() {
+		if i%2 == 0 {
+			if err := s.Remove(e.Digest); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return whole, parts, evicted
+}

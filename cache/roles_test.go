@@ -1,4 +1,0 @@
-package cache
-
-func beKilled(dir, seed string) {}
-func beMany(dir string)         {}
