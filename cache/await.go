@@ -47,10 +47,10 @@ func (r *Reader) await() (int64, error) {
 func (r *Reader) next() (int64, *fill, error) {
 	b := r.b
 	switch {
+	case r.pos >= r.end && !r.closed:
+		return 0, nil, io.EOF // also when the client has all and has gone
 	case r.closed || r.ctx.Err() != nil:
 		return 0, nil, r.closedError()
-	case r.pos >= r.end:
-		return 0, nil, io.EOF
 	case b.gone != nil:
 		return 0, nil, r.lost(b.gone)
 	}

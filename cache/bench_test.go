@@ -37,7 +37,6 @@ func BenchmarkHundredClients(b *testing.B) {
 	if err := os.WriteFile(path, data, 0o600); err != nil {
 		b.Fatal(err)
 	}
-	data = nil
 	var upstreamBytes atomic.Int64
 	upstream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/octet-stream")
@@ -141,7 +140,7 @@ func (f httpFetcher) Fetch(ctx context.Context, offset, length int64) (Stream, e
 		return Stream{}, err
 	}
 	req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", offset, offset+length-1))
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := http.DefaultClient.Do(req) //nolint:bodyclose // the store closes it
 	if err != nil {
 		return Stream{}, err
 	}

@@ -119,10 +119,11 @@ func TestStreamEndsEarly(t *testing.T) {
 	b := start(t, Options{})
 	data := content(33, 6*mib)
 	f := from(data)
-	f.cut = mib - 1
+	f.cut, f.cutAll = mib-1, true
 	if _, _, err := get(b.Store, describe(data), 0, -1, f); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("a stream of less than a part: %v", err)
 	}
+	f.cut = 0
 	mustGet(t, b.Store, data, 0, -1, f)
 }
 

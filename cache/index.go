@@ -62,6 +62,7 @@ type index struct {
 	log  *slog.Logger
 	db   *bbolt.DB
 	file *os.File
+	kept map[string]int // of each table
 
 	mu      sync.Mutex
 	pending map[rowKey][]byte // sealed; nil: to be deleted
@@ -74,7 +75,7 @@ type index struct {
 // openIndex opens or makes the index and shows load every row. What is damaged is
 // set aside, and load begins again with what could be saved; reset is called before.
 func openIndex(path string, log *slog.Logger, reset func(), load func(table, key string, content []byte) error) (*index, error) {
-	x := &index{path: path, log: log, pending: map[rowKey][]byte{}}
+	x := &index{path: path, log: log, kept: kept, pending: map[rowKey][]byte{}}
 	attempts := x.begin()
 	_, suspected := os.Stat(x.suspectPath())
 	if attempts > openAttempts || suspected == nil {
@@ -460,7 +461,7 @@ func (x *index) write(flight, own map[rowKey][]byte) (counts map[string]int, err
 				}
 			}
 		}
-		for table, most := range kept {
+		for table, most := range x.kept {
 			if counts[table] > most+most/10 {
 				n, err := removeOldest(b, table, counts[table]-most)
 				if err != nil {

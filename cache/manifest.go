@@ -85,7 +85,7 @@ func (s *Store) noteManifest(d digest.Digest, size int64, seq uint64) {
 
 // trimManifests removes those read the longest ago; s.mu is held.
 func (s *Store) trimManifests() {
-	for s.manifestB > manifestsBytes {
+	for s.manifestB > s.manifestsMax {
 		var oldest digest.Digest
 		for d, u := range s.manifests {
 			if s.pinned[d] == 0 && (oldest == "" || u.seq < s.manifests[oldest].seq) {

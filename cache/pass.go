@@ -50,6 +50,9 @@ func (r *Reader) readPassing(b []byte) (int, error) {
 	}
 	p := r.passing
 	for {
+		if p.at >= r.end && len(p.tail) == 0 {
+			return 0, io.EOF
+		}
 		if err := r.ended(); err != nil {
 			return 0, err
 		}
@@ -58,9 +61,6 @@ func (r *Reader) readPassing(b []byte) (int, error) {
 			p.tail = p.tail[n:]
 			r.passed(n)
 			return n, nil
-		}
-		if p.at >= r.end {
-			return 0, io.EOF
 		}
 		n, err := r.fetchPassing(b)
 		if n > 0 {

@@ -40,14 +40,15 @@ type Options struct {
 
 // Store is a node's content. It is safe for concurrent use.
 type Store struct {
-	o         Options
-	lock      *os.File
-	index     *index
-	m         *metrics
-	slots     chan struct{} // one token for each fill that fetches for clients
-	lowSlots  chan struct{} // and at low priority
-	idleGrace time.Duration // how long a fill that nobody waits for is given
-	kick      chan struct{} // asks Run for a commit
+	o            Options
+	lock         *os.File
+	index        *index
+	m            *metrics
+	slots        chan struct{} // one token for each fill that fetches for clients
+	lowSlots     chan struct{} // and at low priority
+	manifestsMax int64
+	idleGrace    time.Duration // how long a fill that nobody waits for is given
+	kick         chan struct{} // asks Run for a commit
 
 	committing sync.Mutex // one commit at a time
 	sweeping   sync.Mutex // one sweep at a time
@@ -97,7 +98,7 @@ func Open(o Options) (*Store, error) {
 	}
 	s := &Store{
 		o: o, lock: lock,
-		slots: make(chan struct{}, maxFills), lowSlots: make(chan struct{}, maxLowFills), idleGrace: idleGrace,
+		slots: make(chan struct{}, maxFills), lowSlots: make(chan struct{}, maxLowFills), idleGrace: idleGrace, manifestsMax: manifestsBytes,
 		kick: make(chan struct{}, 1), tombs: map[digest.Digest]*tomb{}, dirty: map[*blob]struct{}{},
 	}
 	if s.index, err = openIndex(filepath.Join(o.Dir, "index.db"), o.Log, s.reset, s.load); err != nil {

@@ -138,11 +138,12 @@ type source struct {
 	fetches atomic.Int64
 	bytes   atomic.Int64 // delivered
 
-	mu    sync.Mutex
-	gates []gate // where streams wait
-	fail  func(fetch int64, offset int64) error
-	cut   int64 // >0: the first stream ends there
-	spoil func(at int64, p []byte)
+	mu     sync.Mutex
+	gates  []gate // where streams wait
+	fail   func(fetch int64, offset int64) error
+	cut    int64 // >0: the first stream ends there
+	cutAll bool  // not only that one
+	spoil  func(at int64, p []byte)
 }
 
 type gate struct {
@@ -175,7 +176,7 @@ func (s *source) Fetch(ctx context.Context, offset, length int64) (Stream, error
 	if s.unranged {
 		st.at, st.end = 0, int64(len(s.data))
 	}
-	if cut > 0 && n == 1 {
+	if cut > 0 && (n == 1 || s.cutAll) {
 		st.end = min(st.end, cut)
 	}
 	return Stream{ReadCloser: st, From: st.at, Peer: s.peer}, nil
