@@ -435,9 +435,6 @@ func TestPulledLayersAreMounted(t *testing.T) {
 
 func TestUploadReportsItsSourcesErrors(t *testing.T) {
 	ctx := context.Background()
-	front := &faulty{next: newGGCR()}
-	host := serve(t, front)
-	c := newClient(t, host)
 	broken := errors.New("the disk is broken")
 	l := static.NewLayer(bytes.Repeat([]byte("x"), 1000), types.OCILayer)
 	for name, open := range map[string]func() (io.ReadCloser, error){
@@ -448,8 +445,10 @@ func TestUploadReportsItsSourcesErrors(t *testing.T) {
 		"short": func() (io.ReadCloser, error) { return io.NopCloser(strings.NewReader("x")), nil },
 	} {
 		t.Run(name, func(t *testing.T) {
-			front.set(nil)
-			err := c.PushLayer(ctx, host+"/app", opened{l, open})
+			// Each its own server: one may hear of a request after the client gave it up.
+			front := &faulty{next: newGGCR()}
+			host := serve(t, front)
+			err := newClient(t, host).PushLayer(ctx, host+"/app", opened{l, open})
 			if err == nil || name != "short" && !errors.Is(err, broken) {
 				t.Errorf("got %v", err)
 			}

@@ -78,7 +78,7 @@ func TestInflates(t *testing.T) {
 				}
 				check("at once", bytes.NewReader(blob))
 				check("with its end", iotest.DataErrReader(bytes.NewReader(blob)))
-				if level == 6 {
+				if level == 6 && i%2 == 1 {
 					check("bytewise", iotest.OneByteReader(bytes.NewReader(blob)))
 				}
 			}
@@ -109,13 +109,13 @@ func TestManyMembers(t *testing.T) {
 	var blob, want []byte
 	r := rand.New(rand.NewPCG(3, 4))
 	all := contents()
-	for range 2000 {
+	for range 500 {
 		c := all[2+r.IntN(6)]
 		at, n := r.IntN(100_000), r.IntN(1+r.IntN(3_000))
 		want = append(want, c[at:at+n]...)
 		blob = append(blob, packedByKlauspost(c[at:at+n], r.IntN(10))...)
 	}
-	for _, size := range []int{16, 100, 4096, 1 << 20} {
+	for _, size := range []int{16, 4096} {
 		got, err := io.ReadAll(NewReader(bufio.NewReaderSize(bytes.NewReader(blob), size)))
 		if err != nil || !bytes.Equal(got, want) {
 			t.Errorf("by %d bytes: %d of %d bytes, error %v", size, len(got), len(want), err)
@@ -124,7 +124,7 @@ func TestManyMembers(t *testing.T) {
 }
 
 func TestTruncated(t *testing.T) {
-	content := contents()[7][:30_000]
+	content := contents()[7][:3_000]
 	for _, level := range []int{0, 6} {
 		blob := packed(content, level)
 		for n := range blob {
