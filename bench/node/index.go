@@ -2,22 +2,16 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash/crc32"
-	"io"
 	"os"
 	"path/filepath"
+	"time"
 
-	"accel"
 	"accel/bench/report"
 	"accel/cache"
 
 	"github.com/opencontainers/go-digest"
-	"go.etcd.io/bbolt"
 )
 
 const (
@@ -28,8 +22,7 @@ const (
 	nodeStore   = "cache" // the store's folder in the node's
 )
 
-// index measures the start over a million parts, which nobody has fetched: one
-// blob is filled, and its row and a sparse file are copied for the others.
+// index measures the start over a million parts, which nobody has fetched.
 func index(ctx context.Context, s setting, r *report.Report) (err error) {
 	dir, err := os.MkdirTemp(s.dir, "indexed-")
 	if err != nil {
@@ -37,12 +30,12 @@ func index(ctx context.Context, s setting, r *report.Report) (err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	store := filepath.Join(dir, "data", nodeStore)
-	if err := fillOne(ctx, store); err != nil {
-		return fmt.Errorf("fill a blob: %w", err)
+	if err := os.MkdirAll(store, 0o700); err != nil {
+		return err
 	}
 	blobs := (wantedParts + blobParts - 2) / (blobParts - 1)
-	if err := multiply(store, blobs); err != nil {
-		return fmt.Errorf("copy its row: %w", err)
+	if err := seed(store, blobs); err != nil {
+		return fmt.Errorf("make the store: %w", err)
 	}
 	info, err := os.Stat(filepath.Join(store, "index.db"))
 	if err != nil {
@@ -68,73 +61,25 @@ func index(ctx context.Context, s setting, r *report.Report) (err error) {
 	return nil
 }
 
-// zeros is a registry whose blobs are empty of meaning.
-type zeros struct{}
-
-func (zeros) Fetch(_ context.Context, offset, length int64) (cache.Stream, error) {
-	return cache.Stream{ReadCloser: io.NopCloser(io.LimitReader(zeroReader{}, length)), From: offset}, nil
-}
-
-type zeroReader struct{}
-
-func (zeroReader) Read(p []byte) (int, error) {
-	clear(p)
-	return len(p), nil
-}
-
-// fillOne has a store with one blob that lacks its last part.
-func fillOne(ctx context.Context, dir string) error {
-	st, err := cache.Open(cache.Options{Dir: dir})
-	if err != nil {
-		return err
-	}
-	ctx, stop := context.WithCancel(ctx)
-	ran := make(chan error, 1)
-	go func() { ran <- st.Run(ctx) }()
-	b := accel.BlobDescriptor{Digest: digest.FromString("template"), SizeBytes: blobParts * partBytes}
-	rd, err := st.OpenBlob(ctx, b, 0, (blobParts-1)*partBytes, zeros{})
-	if err == nil {
-		_, err = io.Copy(struct{ io.Writer }{io.Discard}, rd)
-		err = errors.Join(err, rd.Close())
-	}
-	stop()
-	return errors.Join(err, <-ran, st.Close())
-}
-
-// multiply copies the one blob's row under other digests. A row is a CRC over
-// table, key and content, then the content; a key is a byte for the algorithm, then the hash.
-func multiply(dir string, count int) (err error) {
-	db, err := bbolt.Open(filepath.Join(dir, "index.db"), 0o600, nil)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, db.Close()) }()
-	const table, checksumBytes = "blobs", 4
-	return db.Update(func(tx *bbolt.Tx) error {
-		rows := tx.Bucket([]byte(table))
-		first, row := rows.Cursor().First()
-		if len(row) < checksumBytes {
-			return errors.New("the index has no row of the blob")
-		}
-		algorithm, content := first[0], row[checksumBytes:]
-		for i := 1; i < count; i++ {
-			hash := sha256.Sum256(fmt.Append(nil, i))
-			key := append([]byte{algorithm}, hash[:]...)
-			sum := crc32.Checksum(append(append([]byte(table), key...), content...), crc32.MakeTable(crc32.Castagnoli))
-			if err := rows.Put(key, append(binary.LittleEndian.AppendUint32(nil, sum), content...)); err != nil {
-				return err
+// seed makes a store of count blobs, sparse files each of which lacks its last part.
+func seed(dir string, count int) error {
+	var failed error
+	err := cache.Seed(dir, func(yield func(cache.Entry) bool) {
+		for i := range count {
+			d := digest.FromString(fmt.Sprint(i))
+			folder := filepath.Join(dir, "blobs", d.Algorithm().String(), d.Encoded()[:2])
+			if failed = os.MkdirAll(folder, 0o700); failed != nil {
+				return
 			}
-			name := hex.EncodeToString(hash[:])
-			folder := filepath.Join(dir, "blobs", "sha256", name[:2])
-			if err := os.MkdirAll(folder, 0o700); err != nil {
-				return err
+			if failed = sparse(filepath.Join(folder, d.Encoded())); failed != nil {
+				return
 			}
-			if err := sparse(filepath.Join(folder, name)); err != nil {
-				return err
+			if !yield(cache.Entry{Digest: d, SizeBytes: blobParts * partBytes, PresentBytes: (blobParts - 1) * partBytes, UsedAt: time.Now()}) {
+				return
 			}
 		}
-		return nil
 	})
+	return errors.Join(failed, err)
 }
 
 func sparse(path string) error {
