@@ -262,13 +262,12 @@ func measureRates(_ context.Context, img v1.Image, _ string) (outcome, error) {
 			return o, err
 		}
 		rc.Close()
-		var head bytes.Buffer
-		began := time.Now()
 		zr, err := gzip.NewReader(bytes.NewReader(raw))
 		if err != nil {
 			return o, err
 		}
-		n, err := io.Copy(io.Discard, io.TeeReader(zr, &limited{&head, sampleBytes}))
+		began := time.Now()
+		n, err := io.Copy(io.Discard, zr)
 		if err != nil {
 			return o, err
 		}
@@ -276,7 +275,13 @@ func measureRates(_ context.Context, img v1.Image, _ string) (outcome, error) {
 		mb := float64(n) / timesMB
 		o.Rates.TotalMB += mb
 		if mb > o.Rates.BiggestMB {
-			o.Rates.BiggestMB, sample = mb, head.Bytes()
+			if err := zr.Reset(bytes.NewReader(raw)); err != nil {
+				return o, err
+			}
+			if sample, err = io.ReadAll(io.LimitReader(zr, sampleBytes)); err != nil {
+				return o, err
+			}
+			o.Rates.BiggestMB = mb
 		}
 	}
 	o.Rates.InflateMBs = o.Rates.TotalMB / inflating
@@ -301,17 +306,4 @@ func measureRates(_ context.Context, img v1.Image, _ string) (outcome, error) {
 	}
 	o.Rates.DeflateMBs = mb / time.Since(began).Seconds()
 	return o, nil
-}
-
-// limited takes the first n bytes and drops the others.
-type limited struct {
-	w *bytes.Buffer
-	n int
-}
-
-func (l *limited) Write(p []byte) (int, error) {
-	if room := l.n - l.w.Len(); room > 0 {
-		l.w.Write(p[:min(room, len(p))])
-	}
-	return len(p), nil
 }
