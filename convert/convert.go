@@ -23,6 +23,7 @@ import (
 	"sync"
 
 	"accel"
+	"accel/internal/deflate"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/klauspost/compress/gzip"
@@ -32,7 +33,7 @@ import (
 
 // formatVersion changes whenever equal sources and Params give other bytes than
 // before; it is part of the fingerprint.
-const formatVersion = 1
+const formatVersion = 2
 
 // The format that Params.Format names.
 const formatEstargz = "estargz"
@@ -148,7 +149,7 @@ type Converter struct {
 	once sync.Once
 	// slots has one place for each compressing goroutine. A compressor, a
 	// megabyte of tables, is made when its place is first taken (nil till then).
-	slots  chan *gzip.Writer
+	slots  chan *deflate.Writer
 	layers *semaphore.Weighted
 }
 
@@ -164,7 +165,7 @@ func (c *Converter) init() {
 		if c.Log == nil {
 			c.Log = slog.New(slog.DiscardHandler)
 		}
-		c.slots = make(chan *gzip.Writer, c.Workers)
+		c.slots = make(chan *deflate.Writer, c.Workers)
 		for range c.Workers {
 			c.slots <- nil
 		}

@@ -8,7 +8,7 @@ import (
 	"fmt"
 	"io"
 
-	"accel/internal/gunzip"
+	"accel/internal/deflate"
 
 	"github.com/klauspost/compress/zstd"
 )
@@ -88,7 +88,7 @@ func (s *source) drain() error {
 }
 
 // tarStream is what s inflates to. Its end is s's end too.
-func (s *source) tarStream() (io.ReadCloser, error) {
+func (s *source) tarStream() (*inflated, error) {
 	zr, err := newInflater(s.Reader)
 	if err != nil {
 		return nil, s.explain(err)
@@ -103,19 +103,51 @@ type inflated struct {
 
 func (i *inflated) Read(p []byte) (int, error) {
 	n, err := i.zr.Read(p)
-	switch {
-	case err == nil:
-	case errors.Is(err, io.EOF):
-		if derr := i.s.drain(); derr != nil {
-			err = derr
-		}
-	default:
-		err = i.s.explain(err)
-	}
-	return n, err
+	return n, i.ended(err)
 }
 
 func (i *inflated) Close() error { return i.zr.Close() }
+
+// ended looks behind the end of the stream.
+func (i *inflated) ended(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, io.EOF):
+		if derr := i.s.drain(); derr != nil {
+			return derr
+		}
+		return err
+	default:
+		return i.s.explain(err)
+	}
+}
+
+// next fills b, with matches where the stream's form tells them. It and Read do
+// not mix.
+func (i *inflated) next(b *aheadBlock) error {
+	b.matches = b.matches[:0]
+	if z, ok := i.zr.(*gunzipper); ok {
+		data, matches, err := z.Next()
+		b.n = copy(b.data, data)
+		b.matches = append(b.matches, matches...)
+		return i.ended(err)
+	}
+	b.n = 0
+	for b.n < len(b.data) { // not io.ReadFull: its io.ErrUnexpectedEOF is what a decoder says of a truncated stream
+		n, err := i.Read(b.data[b.n:])
+		b.n += n
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// gunzipper is a deflate.Reader that has nothing to close.
+type gunzipper struct{ *deflate.Reader }
+
+func (gunzipper) Close() error { return nil }
 
 // newInflater gives the tar stream of a layer in any of the compressions that
 // image layers come in, told by its first bytes and never by its media type
@@ -127,7 +159,7 @@ func newInflater(br *bufio.Reader) (io.ReadCloser, error) {
 	}
 	switch {
 	case bytes.HasPrefix(head, gzipMagic):
-		return io.NopCloser(gunzip.NewReader(br)), nil
+		return &gunzipper{deflate.NewReader(br)}, nil
 	case bytes.Equal(head, zstdMagic), len(head) == 4 && head[0]&0xf0 == 0x50 && bytes.Equal(head[1:], zstdSkippable):
 		zr, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxZstdWindowBytes))
 		if err != nil {
@@ -140,23 +172,31 @@ func newInflater(br *bufio.Reader) (io.ReadCloser, error) {
 }
 
 // Read-ahead between the inflating goroutine and the parsing one.
-const (
-	aheadBlockBytes = 512 << 10
-	aheadBlocks     = 4
-)
+const aheadBlocks = 6
+
+// aheadBlock is a piece of the tar stream.
+type aheadBlock struct {
+	data    []byte
+	n       int             // of data
+	matches []deflate.Match // that data[:n] is made of; none: not known
+}
 
 // ahead is a bounded queue of blocks. The goroutine that calls fill is ahead of
 // the one that calls Read.
 type ahead struct {
 	ctx        context.Context
-	full, free chan []byte
-	block      []byte // being read
-	rest       []byte // of block
-	err        error  // set before full is closed
+	full, free chan *aheadBlock
+	block      *aheadBlock // being read
+	rest       []byte      // of block
+	trace      deflate.Trace
+	err        error // set before full is closed
+
+	// matches, if not nil, gets what the bytes that are read from now on are made of.
+	matches *[]deflate.Match
 }
 
 func newAhead(ctx context.Context) *ahead {
-	a := &ahead{ctx: ctx, full: make(chan []byte, aheadBlocks), free: make(chan []byte, aheadBlocks)}
+	a := &ahead{ctx: ctx, full: make(chan *aheadBlock, aheadBlocks), free: make(chan *aheadBlock, aheadBlocks)}
 	for range aheadBlocks {
 		a.free <- nil
 	}
@@ -178,22 +218,22 @@ func (a *ahead) fill(src *source, each func(n int64) error) (err error) {
 	}
 	defer r.Close()
 	for {
-		var b []byte
+		var b *aheadBlock
 		select {
 		case b = <-a.free:
 		case <-a.ctx.Done():
 			return context.Cause(a.ctx)
 		}
 		if b == nil {
-			b = make([]byte, aheadBlockBytes)
+			b = &aheadBlock{data: make([]byte, deflate.MaxPieceBytes)}
 		}
-		n, rerr := readBlock(r, b[:aheadBlockBytes])
-		if n > 0 {
-			if err := each(int64(n)); err != nil {
+		rerr := r.next(b)
+		if b.n > 0 {
+			if err := each(int64(b.n)); err != nil {
 				return err
 			}
 			select {
-			case a.full <- b[:n]:
+			case a.full <- b:
 			case <-a.ctx.Done():
 				return context.Cause(a.ctx)
 			}
@@ -207,17 +247,6 @@ func (a *ahead) fill(src *source, each func(n int64) error) (err error) {
 	}
 }
 
-// readBlock is io.ReadFull without its own io.ErrUnexpectedEOF, which is what a
-// decoder says of a truncated stream.
-func readBlock(r io.Reader, b []byte) (n int, err error) {
-	for n < len(b) && err == nil {
-		var m int
-		m, err = r.Read(b[n:])
-		n += m
-	}
-	return n, err
-}
-
 func (a *ahead) Read(p []byte) (int, error) {
 	for len(a.rest) == 0 {
 		if a.block != nil {
@@ -229,12 +258,17 @@ func (a *ahead) Read(p []byte) (int, error) {
 			if !ok {
 				return 0, a.err
 			}
-			a.block, a.rest = b, b
+			a.block, a.rest, a.trace = b, b.data[:b.n], deflate.NewTrace(b.matches)
 		case <-a.ctx.Done():
 			return 0, context.Cause(a.ctx)
 		}
 	}
 	n := copy(p, a.rest)
 	a.rest = a.rest[n:]
+	if a.matches != nil {
+		*a.matches = a.trace.Take(*a.matches, n)
+	} else {
+		a.trace.Skip(n)
+	}
 	return n, nil
 }

@@ -130,6 +130,7 @@ func (r *run) build(ctx context.Context, j *job, src *source, rc io.Closer, orde
 		if scan.rec.r, err = order.reader(stream); err != nil {
 			return nil, nil, err
 		}
+		scan.stream = nil
 		scan.landmark = estargz.PrefetchLandmark
 	}
 	var chunks []chunk
@@ -148,7 +149,7 @@ func (r *run) build(ctx context.Context, j *job, src *source, rc io.Closer, orde
 	}
 
 	t := &toc{names: scan.tree.list(), chunks: chunks, chunkBytes: r.Params.ChunkBytes}
-	w, err := t.write(ctx, r.Converter, b, out.diffID)
+	w, err := t.write(b, r.Params.Level, out.diffID)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -9,7 +9,8 @@ import (
 	"io"
 	"os"
 
-	"github.com/klauspost/compress/gzip"
+	"accel/internal/deflate"
+
 	"golang.org/x/sync/errgroup"
 )
 
@@ -38,21 +39,23 @@ type chunk struct {
 // library's output.
 type batch struct {
 	in      []byte
+	matches []deflate.Match
 	members []member
 	out     bytes.Buffer
 	done    chan error // one value when compressed
 }
 
 type member struct {
-	start int // in batch.in
-	chunk int // bytes of the chunk that it begins with; 0: it has headers only
-	sum   sum // of the chunk
-	out   int // place in batch.out
+	start int    // in batch.in
+	chunk int    // bytes of the chunk that it begins with; 0: it has headers only
+	known [2]int // from where to where batch.matches are the chunk's, none: not known
+	sum   sum    // of the chunk
+	out   int    // place in batch.out
 }
 
 // compress makes the gzip members. One compressor gives the same bytes for the
 // same member whatever it did before.
-func (b *batch) compress(z *gzip.Writer) error {
+func (b *batch) compress(w *deflate.Writer) error {
 	b.out.Reset()
 	for i := range b.members {
 		m := &b.members[i]
@@ -64,11 +67,7 @@ func (b *batch) compress(z *gzip.Writer) error {
 			m.sum = sha256.Sum256(data[:m.chunk])
 		}
 		m.out = b.out.Len()
-		z.Reset(&b.out)
-		if _, err := z.Write(data); err != nil {
-			return err
-		}
-		if err := z.Close(); err != nil {
+		if err := w.Member(&b.out, data, b.matches[m.known[0]:m.known[1]]); err != nil {
 			return err
 		}
 	}
@@ -135,7 +134,7 @@ func (l *layout) begin(n int) error {
 		if b == nil {
 			b = &batch{done: make(chan error, 1), in: make([]byte, 0, batchBytes+headersBytes)}
 		}
-		b.in, b.members = b.in[:0], b.members[:0]
+		b.in, b.matches, b.members = b.in[:0], b.matches[:0], b.members[:0]
 		l.cur = b
 	}
 	if n > 0 {
@@ -163,8 +162,10 @@ func (l *layout) memberLen() int {
 	return len(l.cur.in) - m.start - m.chunk
 }
 
-// readChunk begins a member with a chunk of n bytes and reads those from r.
-func (l *layout) readChunk(r io.Reader, n int) ([]byte, error) {
+// readChunk begins a member with a chunk of n bytes and reads those from r. They
+// come straight from stream, if that is not nil, which tells what matches they are
+// made of.
+func (l *layout) readChunk(r io.Reader, n int, stream *ahead) ([]byte, error) {
 	if err := l.begin(n); err != nil {
 		return nil, err
 	}
@@ -172,9 +173,16 @@ func (l *layout) readChunk(r io.Reader, n int) ([]byte, error) {
 	at := len(b.in)
 	b.in = append(b.in, make([]byte, n)...)
 	p := b.in[at:]
+	if stream != nil {
+		stream.matches = &b.matches
+		defer func() { stream.matches = nil }()
+	}
+	m := &b.members[len(b.members)-1]
+	m.known[0] = len(b.matches)
 	if _, err := io.ReadFull(r, p); err != nil {
 		return nil, err
 	}
+	m.known[1] = len(b.matches)
 	l.wrote(p)
 	return p, nil
 }
@@ -206,21 +214,21 @@ func (l *layout) flush() error {
 
 // compressing calls f with one of the converter's compressors, of which there
 // are as many as Workers.
-func (c *Converter) compressing(ctx context.Context, f func(*gzip.Writer) error) error {
-	var z *gzip.Writer
+func (c *Converter) compressing(ctx context.Context, f func(*deflate.Writer) error) error {
+	var w *deflate.Writer
 	select {
-	case z = <-c.slots:
+	case w = <-c.slots:
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	defer func() { c.slots <- z }()
-	if z == nil {
+	defer func() { c.slots <- w }()
+	if w == nil {
 		var err error
-		if z, err = gzip.NewWriterLevel(io.Discard, c.Params.Level); err != nil {
+		if w, err = deflate.NewWriter(c.Params.Level); err != nil {
 			return err
 		}
 	}
-	return f(z)
+	return f(w)
 }
 
 // close says that the tar stream is over.

@@ -58,6 +58,7 @@ func (r *recorder) Read(p []byte) (int, error) {
 type scan struct {
 	rec        recorder
 	tr         *tar.Reader
+	stream     *ahead // that rec reads from; nil: entries come in another order than the source's
 	out        *layout
 	tree       *tree
 	chunkBytes int64
@@ -68,8 +69,8 @@ type scan struct {
 	landmark string
 }
 
-func newScan(r io.Reader, out *layout, chunkBytes int64, holes func(int64) error) *scan {
-	s := &scan{rec: recorder{r: r}, out: out, tree: newTree(), chunkBytes: chunkBytes, holes: holes}
+func newScan(stream *ahead, out *layout, chunkBytes int64, holes func(int64) error) *scan {
+	s := &scan{rec: recorder{r: stream}, stream: stream, out: out, tree: newTree(), chunkBytes: chunkBytes, holes: holes}
 	s.tr = tar.NewReader(&s.rec)
 	return s
 }
@@ -142,7 +143,11 @@ func (s *scan) entry(h *tar.Header) error {
 		return err
 	}
 	if e.kind == tar.TypeReg {
-		if err := s.content(e, s.tr); err != nil {
+		stream := s.stream
+		if isSparse(h) {
+			stream = nil
+		}
+		if err := s.content(e, s.tr, stream); err != nil {
 			return err
 		}
 		if isSparse(h) {
@@ -157,14 +162,15 @@ func (s *scan) entry(h *tar.Header) error {
 	return s.tree.add(e)
 }
 
-// content lays out a file's chunks.
-func (s *scan) content(e *entry, r io.Reader) error {
+// content lays out a file's chunks. It comes from r, and straight from stream if
+// that is not nil.
+func (s *scan) content(e *entry, r io.Reader, stream *ahead) error {
 	e.firstChunk = s.out.chunks
 	whole := sha256.New() // a file of one chunk has that chunk's digest
 	for at := int64(0); at < e.size; {
 		n := min(s.chunkBytes, e.size-at)
 		before := s.rec.n
-		p, err := s.out.readChunk(r, int(n))
+		p, err := s.out.readChunk(r, int(n), stream)
 		if err != nil {
 			return s.explain(err, "content of %q at byte %d of %d", e.name, at, e.size)
 		}
@@ -213,7 +219,7 @@ func (s *scan) noPrefetch() error {
 		return err
 	}
 	e := &entry{name: mark.Name, kind: tar.TypeReg, size: 1, seq: s.entries}
-	if err := s.content(e, bytes.NewReader([]byte{0xf})); err != nil {
+	if err := s.content(e, bytes.NewReader([]byte{0xf}), nil); err != nil {
 		return err
 	}
 	if _, err := s.out.Write(zeroes[:padding(s.out.n)]); err != nil {

@@ -3,7 +3,6 @@ package convert
 import (
 	"archive/tar"
 	"bufio"
-	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -141,31 +140,31 @@ type written struct {
 
 // write ends the blob with the TOC and the footer, and the tar stream, which
 // diffID is of, with the TOC as its last entry.
-func (t *toc) write(ctx context.Context, c *Converter, b *blob, diffID hash.Hash) (written, error) {
+func (t *toc) write(b *blob, level int, diffID hash.Hash) (written, error) {
 	count := &counter{h: sha256.New()}
 	if err := t.encode(count); err != nil {
 		return written{}, err
 	}
 	w := written{digest: digestOf(sum(count.h.Sum(nil))), offset: b.n}
-	err := c.compressing(ctx, func(z *gzip.Writer) error {
-		z.Reset(b)
-		out := &counter{h: diffID}
-		tw := tar.NewWriter(io.MultiWriter(z, out))
-		if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: estargz.TOCTarName, Size: count.n}); err != nil {
-			return err
-		}
-		if err := t.encode(tw); err != nil {
-			return err
-		}
-		if err := tw.Close(); err != nil {
-			return err
-		}
-		w.tarSize = out.n
-		return z.Close()
-	})
+	z, err := gzip.NewWriterLevel(b, level)
 	if err != nil {
 		return written{}, err
 	}
+	out := &counter{h: diffID}
+	tw := tar.NewWriter(io.MultiWriter(z, out))
+	if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: estargz.TOCTarName, Size: count.n}); err != nil {
+		return written{}, err
+	}
+	if err := t.encode(tw); err != nil {
+		return written{}, err
+	}
+	if err := tw.Close(); err != nil {
+		return written{}, err
+	}
+	if err := z.Close(); err != nil {
+		return written{}, err
+	}
+	w.tarSize = out.n
 	_, err = b.Write(footer(w.offset))
 	return w, err
 }

@@ -1,10 +1,14 @@
-// Package gunzip reads gzip files (RFC 1952, RFC 1951) about three times as fast
-// as the libraries do. Package convert inflates every layer with it: a layer's
-// inflating cannot be shared among cores, and bounds a conversion's time.
+// Package deflate reads gzip files (RFC 1952, RFC 1951) and writes parts of them
+// anew as members of their own.
 //
-// It is fast by looking at the input eight bytes at a time, which readers that
-// must not read past the end of a stream cannot.
-package gunzip
+// Reader inflates faster than the libraries do, by looking at the input eight
+// bytes at a time, which readers that must not read past the end of a stream
+// cannot. Package convert inflates every layer with it: a layer's inflating cannot
+// be shared among cores, and bounds a conversion's time. It also tells what matches
+// the stream is made of. Finding those is nearly all the work of compressing, and
+// Writer takes them over wherever they do not reach out of the new member: that
+// leaves the codes to be made, and a member's first 32 KiB to be compressed.
+package deflate
 
 import (
 	"cmp"
@@ -28,6 +32,9 @@ const (
 	// slackBytes lie behind the buffers' ends, so that eight bytes can be read or
 	// written where fewer are meant: a match's 258 and two times eight.
 	slackBytes = 288
+	// maxMatches in a piece: copies of three bytes, literals or bytes of a stored
+	// block between them at the blocks' ends and where there are more than maxLiterals.
+	maxMatches = MaxPieceBytes
 )
 
 // Reader inflates all members of a gzip file, one after the other. It stops at
@@ -47,11 +54,16 @@ type Reader struct {
 	rpos   int // where the next one is given away
 	summed int // to here the checksum goes
 
+	matches [maxMatches]Match // of the output from rpos's piece on
+	found   int               // how many
+	matched int               // to here they go
+
 	crc   uint32
 	size  uint32
 	err   error
 	state state
 	final bool // the block is the member's last one
+	fast  bool // the current member was compressed in a hurry
 	left  int  // of a stored block
 
 	litLen literals
@@ -74,7 +86,7 @@ const (
 func NewReader(r io.Reader) *Reader {
 	z := &Reader{}
 	z.src = r
-	z.start, z.wpos, z.rpos, z.summed = windowBytes, windowBytes, windowBytes, windowBytes
+	z.start, z.wpos, z.rpos, z.summed, z.matched = windowBytes, windowBytes, windowBytes, windowBytes, windowBytes
 	return z
 }
 
@@ -84,27 +96,69 @@ func (z *Reader) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	for z.rpos == z.wpos {
-		if z.err != nil {
-			return 0, z.err
-		}
-		z.slide()
-		z.err = z.inflate()
-		z.sum()
+	if err := z.more(); err != nil {
+		return 0, err
 	}
 	n := copy(p, z.out[z.rpos:z.wpos])
 	z.rpos += n
 	return n, nil
 }
 
+// MaxPieceBytes bounds what Next returns.
+const MaxPieceBytes = outBytes + slackBytes
+
+// Next returns the next bytes of the stream, and the matches that they are made
+// of, both valid until the next call. It and Read do not mix. There are no matches
+// where the file says that it was compressed in a hurry, and others can be found.
+func (z *Reader) Next() ([]byte, []Match, error) {
+	if err := z.more(); err != nil {
+		return nil, nil, err
+	}
+	data := z.out[z.rpos:z.wpos]
+	z.rpos = z.wpos
+	if z.fast {
+		return data, nil, nil
+	}
+	return data, z.matches[:z.found], nil
+}
+
+// more has output to give away, or the error.
+func (z *Reader) more() error {
+	for z.rpos == z.wpos {
+		if z.err != nil {
+			return z.err
+		}
+		z.slide()
+		z.err = z.inflate()
+		z.literals()
+		z.sum()
+	}
+	return nil
+}
+
 // slide makes room for output, of which the last 32 KiB stay.
 func (z *Reader) slide() {
+	z.found, z.matched = 0, z.wpos
 	if z.wpos < windowBytes+outBytes {
 		return
 	}
 	copy(z.out[:windowBytes], z.out[z.wpos-windowBytes:z.wpos])
 	z.start = max(0, z.start-(z.wpos-windowBytes))
-	z.wpos, z.rpos, z.summed = windowBytes, windowBytes, windowBytes
+	z.wpos, z.rpos, z.summed, z.matched = windowBytes, windowBytes, windowBytes, windowBytes
+}
+
+// literals says that what was written since the last match are literals.
+func (z *Reader) literals() {
+	if n := z.wpos - z.matched; n > 0 {
+		z.note(flagAlone | Match(n))
+	}
+}
+
+// note adds a match that ends where the output does.
+func (z *Reader) note(m Match) {
+	z.matches[z.found] = m
+	z.found++
+	z.matched = z.wpos
 }
 
 func (z *Reader) sum() {
@@ -224,6 +278,8 @@ const (
 	flagExtra     = 1 << 2
 	flagName      = 1 << 3
 	flagComment   = 1 << 4
+
+	hurriedXFL = 4 // of the extra flags: the compressor's fastest algorithm
 )
 
 func (z *Reader) header() error {
@@ -235,6 +291,7 @@ func (z *Reader) header() error {
 		return malformed("no gzip header")
 	}
 	flags := h[3]
+	z.fast = h[8] == hurriedXFL
 	crc := crc32.ChecksumIEEE(h)
 	more := func(n int) ([]byte, error) {
 		b, err := z.bytes(n)
@@ -328,6 +385,7 @@ func (z *Reader) blockHeader() error {
 }
 
 func (z *Reader) stored() error {
+	z.literals()
 	for z.left > 0 {
 		room := windowBytes + outBytes - z.wpos
 		if room <= 0 {
@@ -340,11 +398,13 @@ func (z *Reader) stored() error {
 			copy(z.out[z.wpos:], z.in[z.pos:z.end])
 			z.pos = z.end
 			z.wpos += n
+			z.note(Raw(n))
 		}
 		if err != nil {
 			return err
 		}
 		z.wpos += copy(z.out[z.wpos:], b)
+		z.note(Raw(n))
 		z.left -= n
 	}
 	z.state = blockHeader

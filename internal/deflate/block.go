@@ -1,4 +1,4 @@
-package gunzip
+package deflate
 
 import (
 	"encoding/binary"
@@ -31,11 +31,12 @@ func (z *Reader) compressed() error {
 		if err := z.fill(slackBytes); err != nil {
 			return err
 		}
-		before := z.wpos
+		before, found, matched := z.wpos, z.found, z.matched
 		ended, err := z.round()
 		over := z.pos - z.end // bytes from behind the input's end that are in bits
 		if over > int(z.nb/8) {
-			z.wpos = before // some of the round's output may be made of them
+			// Some of the round's output may be made of them.
+			z.wpos, z.found, z.matched = before, found, matched
 			return io.ErrUnexpectedEOF
 		}
 		if err != nil {
@@ -59,6 +60,7 @@ func (z *Reader) round() (ended bool, err error) {
 	in, out := &z.in, &z.out
 	pos, wpos, start := z.pos, z.wpos, z.start
 	buf, nb := z.bits, z.nb
+	found, matched := z.found, z.matched
 	lastIn, lastOut := z.end-16, windowBytes+outBytes
 	if z.eof {
 		lastIn = z.end + 8
@@ -146,7 +148,16 @@ func (z *Reader) round() (ended bool, err error) {
 			err = malformed("a match reaches back before the start")
 			break
 		}
+		literals := wpos - matched
+		if literals > maxLiterals {
+			z.matches[found] = flagAlone | Match(literals)
+			found++
+			literals = 0
+		}
+		z.matches[found] = copied(literals, length, dist)
+		found++
 		to := wpos + length
+		matched = to
 		if dist >= 8 {
 			// Eight bytes at a time; what is written too much is written over again.
 			for {
@@ -168,5 +179,6 @@ func (z *Reader) round() (ended bool, err error) {
 	}
 	z.pos, z.wpos = pos, wpos
 	z.bits, z.nb = buf&(1<<nb-1), nb
+	z.found, z.matched = found, matched
 	return ended, err
 }
