@@ -44,7 +44,7 @@ const (
 type Warm struct {
 	ID   string `json:"id"`
 	Node string `json:"node"`
-	// Image is what is fetched, "host/path:tag" or "host/path@digest"; Digest is
+	// Image is what is fetched, "host/path:tag", "host/path@digest" or with both; Digest is
 	// what it was resolved to, empty while that is not known.
 	Image  string        `json:"image"`
 	Digest digest.Digest `json:"digest,omitempty"`

@@ -151,7 +151,8 @@ func (b *bed) ready(what string, tags ...string) {
 	must(b.t, b.Ready(b.t.Context(), b.record(what, tags...)))
 }
 
-// waiting says what a node is to fetch, sorted, by the names that the images have in tests.
+// waiting says what a node is to fetch, sorted, by the names that the images have in tests, whatever
+// their tags.
 func (b *bed) waiting(name string, whats ...string) string {
 	b.t.Helper()
 	ctx, cancel := context.WithCancel(b.t.Context())
@@ -166,17 +167,17 @@ func said(all []accel.Warm, whats ...string) string {
 	for _, w := range all {
 		word := w.Image
 		for _, what := range whats {
-			switch w.Image {
-			case repository + "@" + source(what).String():
+			switch w.Digest {
+			case source(what):
 				word = what
-			case repository + "-esgz@" + target(what).String():
+			case target(what):
 				word = what + "'"
 			}
 		}
 		words = append(words, strings.TrimPrefix(word, repository))
 	}
 	slices.Sort(words)
-	return strings.Join(words, " ")
+	return strings.Join(slices.Compact(words), " ")
 }
 
 func (b *bed) expect(name, want string) {

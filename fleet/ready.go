@@ -2,9 +2,11 @@ package fleet
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
+	"time"
 
 	"accel"
 )
@@ -20,21 +22,20 @@ func (f *Fleet) Ready(ctx context.Context, rec accel.Record) error {
 	if stamp(f.o.Now()).Sub(rec.UpdatedAt) > f.o.CatchUp {
 		return nil
 	}
-	r := readyImage{Source: byDigest(rec.Repository, rec.Digest)}
-	if rec.Target.Digest != "" {
-		r.Target = byDigest(rec.Target.Repository, rec.Target.Digest)
-	}
+	all := readyImages(&rec)
 	return f.update(ctx, func(c *change) error {
-		if err := c.remember(&r, rec); err != nil {
+		if err := c.remember(all, rec.UpdatedAt); err != nil {
 			return err
 		}
 		if len(c.o.Rules) == 0 {
 			return nil
 		}
 		for _, n := range c.listening() {
-			for _, w := range c.o.wishes(&r, n.Labels) {
-				if _, err := c.want(n.Name, w, byReady); err != nil {
-					return err
+			for i := range all {
+				for _, w := range c.o.wishes(&all[i], n.Labels) {
+					if _, err := c.want(n.Name, w, byReady); err != nil {
+						return err
+					}
 				}
 			}
 		}
@@ -42,23 +43,18 @@ func (f *Fleet) Ready(ctx context.Context, rec accel.Record) error {
 	})
 }
 
-// remember keeps the image for catch-ups, under each of its tags in place of what
+// remember keeps an image for catch-ups, under each of its tags in place of what
 // the tag had before; without a tag under its digest.
-func (c *change) remember(r *readyImage, rec accel.Record) error {
-	keys := make([][]byte, 0, len(rec.Tags))
-	for _, tag := range rec.Tags {
-		keys = append(keys, hash(rec.Repository, tag))
-	}
-	if len(keys) == 0 {
-		keys = append(keys, hash(rec.Repository, rec.Digest.String()))
-	}
-	value, err := json.Marshal(r)
-	if err != nil {
-		return err
-	}
-	value = append(moment(rec.UpdatedAt), value...)
+func (c *change) remember(all []readyImage, at time.Time) error {
 	var former []readyImage
-	for _, k := range keys {
+	for i := range all {
+		r := &all[i]
+		k := hash(r.Source.Repository, cmp.Or(r.Source.Tag, r.Source.Digest.String()))
+		value, err := json.Marshal(r)
+		if err != nil {
+			return err
+		}
+		value = append(moment(at), value...)
 		old := bytes.Clone(c.bt.Bucket(bucketReady).Get(k))
 		if bytes.Equal(old, value) {
 			continue
@@ -68,7 +64,7 @@ func (c *change) remember(r *readyImage, rec accel.Record) error {
 			if err != nil {
 				return err
 			}
-			if was.Source.Digest != rec.Digest {
+			if was.Source.Digest != r.Source.Digest {
 				former = append(former, was)
 			}
 			if err := c.bt.Bucket(bucketReadyOrder).Delete(append(bytes.Clone(old[:8]), k...)); err != nil {
@@ -121,22 +117,25 @@ func (c *change) eachReady(fn func(*readyImage) (bool, error)) error {
 	return nil
 }
 
-// moved drops what rules asked for and no node took up, of an image that the last of
-// its tags moved away from.
+// moved drops what rules asked for and no node took up, of an image by the tag that moved
+// away from it; of the image altogether when that was the last of its tags.
 func (c *change) moved(former *readyImage) error {
 	still := false
 	err := c.eachReady(func(r *readyImage) (bool, error) {
-		still = r.Source.Name == former.Source.Name
+		still = r.Source.Repository == former.Source.Repository && r.Source.Digest == former.Source.Digest
 		return !still, nil
 	})
-	if err != nil || still {
+	if err != nil {
 		return err
 	}
-	for _, im := range []image{former.Source, former.Target} {
-		if im.Digest == "" {
-			continue
-		}
-		all, err := c.oldest(bucketByImage, hash(im.Name), c.o.MaxWarms)
+	gone := []string{former.Source.Name}
+	if !still {
+		gone = []string{name(former.Source.Repository, "", former.Source.Digest), former.Target.Name}
+	} else if former.Source.Tag == "" {
+		return nil // kept by a former version, which knew no tags
+	}
+	for _, what := range gone {
+		all, err := c.oldest(bucketByImage, hash(what), c.o.MaxWarms)
 		if err != nil {
 			return err
 		}

@@ -136,6 +136,52 @@ func TestTagsThatMove(t *testing.T) {
 	b.expect("n3", "b b' c d d'") // a person wants c there
 }
 
+// TestTagsGoWithDigests: nodes are told by which tags an image will be asked for, in both forms and in catch-ups.
+func TestTagsGoWithDigests(t *testing.T) {
+	b := newBed(t, fleet.Options{Rules: everything(fleet.FormSource, fleet.FormTarget)})
+	told := func(node, want string) {
+		t.Helper()
+		if got := b.waiting(node); got != want {
+			t.Errorf("%s is to fetch %q, want %q", node, got, want)
+		}
+	}
+	at := func(tag string) string { return ":" + tag + "@" + source("a").String() }
+	converted := "-esgz:v1-esgz@" + target("a").String()
+	rec := b.record("a", "v1")
+	rec.Target.Tags = []string{"v1-esgz"}
+	b.seen(node("n1"))
+	must(t, b.Ready(t.Context(), rec))
+	told("n1", converted+" "+at("v1"))
+	rec.Tags = []string{"latest", "v1"} // another tag points there too
+	must(t, b.Ready(t.Context(), rec))
+	told("n1", converted+" "+at("latest")+" "+at("v1"))
+	b.seen(node("n2"))
+	told("n2", converted+" "+at("latest")+" "+at("v1"))
+	b.ready("b", "latest")
+	for _, n := range []string{"n1", "n2"} {
+		if got := b.waiting(n, "b"); got != converted+" "+at("v1")+" b b'" {
+			t.Errorf("when a tag moved on, %s is to fetch %q", n, got)
+		}
+	}
+	b.seen(node("n3"))
+	b.expect("n3", "a a' b b'")
+	page, err := b.Warms(t.Context(), fleet.Filter{Node: "n3", Images: []accel.Reference{ref(t, repository+"@"+source("a").String())}})
+	must(t, err)
+	if len(page.Warms) != 1 || page.Warms[0].Image != repository+at("v1") {
+		t.Errorf("by digest: %+v", page.Warms)
+	}
+	var tags []string
+	for i := range 100 {
+		tags = append(tags, fmt.Sprint("v", i))
+	}
+	b.ready("c", tags...)
+	warms, err := b.Next(t.Context(), "n3", 0)
+	must(t, err)
+	if len(warms) > 25 {
+		t.Errorf("an image with 100 tags is %d warms", len(warms))
+	}
+}
+
 func TestReadyMeetsNewNodes(t *testing.T) {
 	b := newBed(t, fleet.Options{Rules: everything()})
 	const nodes, images = 20, 20

@@ -116,9 +116,9 @@ func digestName(w *accel.Warm) string {
 	if w.Digest == "" {
 		return w.Image
 	}
-	repository, _, byDigest := strings.Cut(w.Image, "@")
-	if !byDigest { // the tag is after the last colon, for there always is one
-		repository = w.Image[:max(0, strings.LastIndexByte(w.Image, ':'))]
+	repository, _, _ := strings.Cut(w.Image, "@")
+	if colon := strings.LastIndexByte(repository, ':'); colon > strings.LastIndexByte(repository, '/') {
+		repository = repository[:colon]
 	}
 	return repository + "@" + w.Digest.String()
 }

@@ -85,10 +85,48 @@ func (r *Rule) selects(labels map[string]string) bool {
 	return true
 }
 
-// readyImage is an image that became Ready, as it is kept for the catch-up.
+// readyImage is an image that became Ready, as it is kept for the catch-up: one for each of its
+// tags, which Source has.
 type readyImage struct {
 	Source image `json:"source"`
-	Target image `json:"target"`
+	Target image `json:"target"` // by digest; zero where there is none
+	// TargetTags are under which the target was pushed.
+	TargetTags []string `json:"targetTags,omitempty"`
+}
+
+// maxTags of one image are brought to nodes; under more it is known there only by digest.
+const maxTags = 16
+
+// readyImages are what is kept of a record that is Ready.
+func readyImages(rec *accel.Record) []readyImage {
+	var r readyImage
+	if t := rec.Target; t.Digest != "" {
+		r.Target, r.TargetTags = image{Name: name(t.Repository, "", t.Digest), Repository: t.Repository, Digest: t.Digest}, t.Tags[:min(len(t.Tags), maxTags)]
+	}
+	tags := rec.Tags[:min(len(rec.Tags), maxTags)]
+	if len(tags) == 0 {
+		tags = []string{""}
+	}
+	all := make([]readyImage, 0, len(tags))
+	for _, tag := range tags {
+		r.Source = image{Name: name(rec.Repository, tag, rec.Digest), Repository: rec.Repository, Digest: rec.Digest, Tag: tag}
+		all = append(all, r)
+	}
+	return all
+}
+
+// targets are the converted image by each of its tags, without any by digest alone.
+func (r *readyImage) targets() []image {
+	if len(r.TargetTags) == 0 {
+		return []image{r.Target}
+	}
+	all := make([]image, 0, len(r.TargetTags))
+	for _, tag := range r.TargetTags {
+		t := r.Target
+		t.Name, t.Tag = name(t.Repository, tag, t.Digest), tag
+		all = append(all, t)
+	}
+	return all
 }
 
 // image is what one Warm is about.
@@ -96,10 +134,19 @@ type image struct {
 	Name       string        `json:"name"` // as Warm.Image
 	Repository string        `json:"repository"`
 	Digest     digest.Digest `json:"digest,omitempty"`
+	Tag        string        `json:"tag,omitempty"`
 }
 
-func byDigest(repository string, d digest.Digest) image {
-	return image{Name: repository + "@" + d.String(), Repository: repository, Digest: d}
+// name is how an image is asked for: by the digest where that is known, and with the tag, which the
+// node that fetches it is to know too.
+func name(repository, tag string, d digest.Digest) string {
+	if tag != "" {
+		repository += ":" + tag
+	}
+	if d != "" {
+		repository += "@" + d.String()
+	}
+	return repository
 }
 
 // wish is an image with the rule that asks for it.
@@ -126,7 +173,9 @@ func (o *Options) wishes(ready *readyImage, labels map[string]string) []wish {
 			add(wish{ready.Source, r.Name})
 		}
 		if slices.Contains(r.Forms, FormTarget) {
-			add(wish{ready.Target, r.Name})
+			for _, t := range ready.targets() {
+				add(wish{t, r.Name})
+			}
 		}
 	}
 	return all

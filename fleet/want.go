@@ -21,12 +21,9 @@ const (
 // silent. It returns one Warm for each, by node name. A wish for what is Pending or
 // Fetching changes nothing. ErrNotFound for an unknown node, and where there is none at
 // all; ErrConflict where nothing more can be kept. With both a tag and a digest, the digest
-// counts.
+// counts, and the node is to know the tag too.
 func (f *Fleet) Want(ctx context.Context, ref accel.Reference, nodes []string) ([]accel.Warm, error) {
-	im := image{Name: ref.Name() + ":" + ref.Tag, Repository: ref.Name()}
-	if ref.Digest != "" {
-		im = byDigest(ref.Name(), ref.Digest)
-	}
+	im := image{Name: name(ref.Name(), ref.Tag, ref.Digest), Repository: ref.Name(), Digest: ref.Digest, Tag: ref.Tag}
 	var all []accel.Warm
 	err := f.update(ctx, func(c *change) error {
 		all = nil

@@ -19,7 +19,7 @@ func TestWishIsIdempotent(t *testing.T) {
 		t.Fatalf("the wish is %+v", first)
 	}
 	// With a tag beside the digest it is the same image.
-	if again := b.want(repository+":v1@"+source("a").String(), "n1", "n1"); len(again) != 1 || again[0] != first[0] {
+	if again := b.want(repository+"@"+source("a").String(), "n1", "n1"); len(again) != 1 || again[0] != first[0] {
 		t.Errorf("asked again it is %+v, was %+v", again, first)
 	}
 	fetching := b.report(first[0], accel.WarmFetching)

@@ -3,6 +3,7 @@ package mirror
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -11,8 +12,10 @@ import (
 
 	"accel"
 	"accel/cache"
+	"accel/registry"
 
 	"github.com/containerd/platforms"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -26,9 +29,10 @@ const (
 	maxIndexDepth = 4
 )
 
-// Warm brings image ("host/path:tag" or "host/path@digest") and its layers for platform
+// Warm brings image ("host/path:tag", "host/path@digest" or "host/path:tag@digest") and its layers for platform
 // ("os/arch[/variant]"; empty: this machine's), with the node's own credentials and behind what clients wait
-// for. progress, which may be nil, is told the layer bytes that were brought and those of the
+// for. With both, what the digest names is brought, and the tag is remembered where the registry says that it
+// points there, so that clients may ask by it while the registry is away. progress, which may be nil, is told the layer bytes that were brought and those of the
 // whole image. It returns what image was resolved to, also with an error where that much was known. What is
 // there already is not brought again.
 func (m *Mirror) Warm(ctx context.Context, image, platform string, progress func(fetchedBytes, totalBytes int64)) (accel.Tally, digest.Digest, error) {
@@ -60,7 +64,34 @@ func (m *Mirror) Warm(ctx context.Context, image, platform string, progress func
 		return accel.Tally{}, top.Digest, fmt.Errorf("%s: %w", image, err)
 	}
 	tally, err := a.bring(ctx, chosen, progress)
+	if err == nil && ref.Tag != "" && ref.Digest != "" {
+		err = a.confirm(ctx, ref.Tag, ref.Digest)
+	}
 	return tally, top.Digest, err
+}
+
+// confirm remembers that tag points to d, where upstream says so. A tag that moved on, or is gone, is no
+// error: d was brought all the same.
+func (a access) confirm(ctx context.Context, tag string, d digest.Digest) error {
+	known, err := a.m.o.Store.Tag(a.repository(), tag)
+	have := err == nil && known.Digest == d
+	var now v1.Descriptor
+	err = a.ask(ctx, have, func(ctx context.Context) (err error) {
+		now, err = a.source.Head(ctx, tag)
+		return err
+	})
+	switch {
+	case err == nil && now.Digest.String() == d.String():
+		a.keep(a.m.o.Store.PutTag(a.repository(), tag, cache.Tag{Digest: d, CheckedAt: a.m.o.Now()}))
+		return nil
+	case err == nil, errors.Is(err, accel.ErrNotFound):
+		a.m.o.Log.Debug("a tag moved on from what was brought", "repository", a.repository(), "tag", tag, "digest", d)
+		return nil
+	case have && registry.Unreachable(err):
+		return nil
+	default:
+		return fmt.Errorf("ask what tag %s points to: %w", tag, err)
+	}
 }
 
 // choose finds the image of a platform in an index; an image that stands alone is it.

@@ -7,8 +7,10 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"accel"
+	"accel/registry"
 )
 
 func TestWarm(t *testing.T) {
@@ -53,6 +55,41 @@ func TestWarm(t *testing.T) {
 	}
 	if tally, got, err := n.mirror.Warm(ctx, up.host+"/public/app:v1", "linux/amd64", nil); err != nil || got != d || tally.RegistryBytes > 0 {
 		t.Errorf("offline: %s, %+v, %v", got, tally, err)
+	}
+}
+
+// TestWarmByTagAndDigest: what a rule asks for is pulled by its tag while the registry is away, and by no tag
+// that the registry did not confirm.
+func TestWarmByTagAndDigest(t *testing.T) {
+	ctx := context.Background()
+	up := newUpstream(t)
+	d := up.push(t, "public/app", index(t, image(t, 1000)), "v1", "moved")
+	newer := up.push(t, "public/app", index(t, image(t, 50)), "moved")
+	n := newNode(t, up)
+	at := up.host + "/public/app:"
+	for _, tag := range []string{"v1", "moved", "gone"} {
+		if _, got, err := n.mirror.Warm(ctx, at+tag+"@"+d.String(), "linux/amd64", nil); err != nil || got != d {
+			t.Fatalf("%s: %s, %v", tag, got, err)
+		}
+	}
+	if _, err := n.store.Manifest(newer); !errors.Is(err, accel.ErrNotFound) {
+		t.Errorf("what the tag moved on to was brought too: %v", err)
+	}
+	up.srv.Close()
+	n.wait(time.Hour)
+	if err := n.pull("public/app", "v1"); err != nil {
+		t.Errorf("by tag, with the registry away: %v", err)
+	}
+	for _, tag := range []string{"moved", "gone"} {
+		if r := n.get("public/app/manifests/" + tag); r.status < 400 {
+			t.Errorf("%s, which does not point there: %d", tag, r.status)
+		}
+		if _, _, err := n.mirror.Warm(ctx, at+tag+"@"+d.String(), "linux/amd64", nil); !registry.Unreachable(err) {
+			t.Errorf("%s, again: %v", tag, err)
+		}
+	}
+	if _, _, err := n.mirror.Warm(ctx, at+"v1@"+d.String(), "linux/amd64", nil); err != nil {
+		t.Errorf("again: %v", err)
 	}
 }
 

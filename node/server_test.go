@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"accel"
 	"accel/api"
@@ -19,6 +20,8 @@ import (
 	"accel/readiness"
 	"accel/readiness/boltstore"
 	"accel/trust"
+
+	"github.com/opencontainers/go-digest"
 )
 
 type ctx = context.Context
@@ -45,7 +48,7 @@ func (noLifecycle) DeleteTarget(ctx, accel.Record) error         { return nil }
 func (noLifecycle) GC(ctx, bool) ([]api.Orphan, error)           { return nil, nil }
 func (b *bed) canonical(host string) (canonical string, _ error) { return host, nil }
 
-func (b *bed) newServer() *server {
+func (b *bed) newServer(rules ...fleet.Rule) *server {
 	b.Helper()
 	s := &server{bed: b}
 	dir := b.TempDir()
@@ -53,7 +56,7 @@ func (b *bed) newServer() *server {
 	b.check(err)
 	keys, err := trust.CreateKeyring(filepath.Join(dir, "keys"))
 	b.check(err)
-	s.fleet, err = fleet.Open(filepath.Join(dir, "fleet.db"), fleet.Options{})
+	s.fleet, err = fleet.Open(filepath.Join(dir, "fleet.db"), fleet.Options{Rules: rules})
 	b.check(err)
 	ledger, err := meter.OpenLedger(filepath.Join(dir, "pulls.db"), meter.LedgerOptions{})
 	b.check(err)
@@ -207,5 +210,37 @@ func TestImagesAreBroughtAhead(t *testing.T) {
 	b.check(b.registry.Stop())
 	if n, err := b.pull(d.host, "team/app:v1"); n != 3<<20 {
 		t.Errorf("pulled with the registry away: %d, %v", n, err)
+	}
+}
+
+// TestWarmedByRulePulledByTagOffline: what became Ready is pulled by its tag for the first time when the
+// registry is away already.
+func TestWarmedByRulePulledByTagOffline(t *testing.T) {
+	b := newBed(t)
+	s := b.newServer(fleet.Rule{Name: "all", Repositories: []string{"*/**"}})
+	_, img := b.push("team/app:v1", 1<<20)
+	d := b.start(func(o *node.Options) { o.Server = b.client(s.url) })
+	b.until("the node is known", func() bool {
+		_, err := s.client.Node(b.ctx, "n1")
+		return err == nil
+	})
+	h, err := img.Digest()
+	b.check(err)
+	b.check(s.fleet.Ready(b.ctx, accel.Record{
+		ID: "r", Repository: b.registry.Host() + "/team/app", Digest: digest.Digest(h.String()), Tags: []string{"v1"}, State: accel.Ready, UpdatedAt: time.Now(),
+	}))
+	b.until("it is brought", func() bool {
+		for w, err := range s.client.Warms(b.ctx, api.WarmOptions{}) {
+			b.check(err)
+			if w.State == accel.WarmFailed {
+				t.Fatalf("brought: %+v", w)
+			}
+			return w.State == accel.WarmDone
+		}
+		return false
+	})
+	b.check(b.registry.Stop())
+	if n, err := b.pull(d.host, "team/app:v1"); n != 1<<20 {
+		t.Errorf("pulled by its tag with the registry away: %d, %v", n, err)
 	}
 }

@@ -100,7 +100,7 @@ func (b *serviceBed) becomes(what string) string {
 	w, err := b.tracker.Claim(b.ctx)
 	must(b.t, err)
 	must(b.t, b.tracker.Finish(b.ctx, w, accel.Target{Repository: w.Repository, Digest: digest.FromString(what + " converted")}, accel.Result{}, nil))
-	return warmHost + "/team/app@" + d.String()
+	return warmHost + "/team/app:" + what + "@" + d.String()
 }
 
 // expect waits until the node is given exactly the image, which it fetches then.
