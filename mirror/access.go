@@ -56,9 +56,18 @@ func (m *Mirror) clientOf(host, authorization string) string {
 func (a access) repository() string { return a.source.Repository() }
 
 // granted says whether the client was let in lately enough to be served without a
-// question, and lately enough to be served while upstream cannot be asked.
+// question, and lately enough to be served while upstream cannot be asked. What would be given then to
+// who shows no credential is given to everybody.
 func (a access) granted() (fresh, graced bool) {
-	at, known := a.m.o.Store.Granted(a.repository(), a.client)
+	fresh, graced = a.grantOf(a.client)
+	if !graced && a.client != ownClient {
+		_, graced = a.grantOf(ownClient)
+	}
+	return fresh, graced
+}
+
+func (a access) grantOf(client string) (fresh, graced bool) {
+	at, known := a.m.o.Store.Granted(a.repository(), client)
 	if !known {
 		return false, false
 	}
@@ -78,8 +87,8 @@ func (a access) admit(d digest.Digest) {
 
 func (a access) linked(d digest.Digest) bool { return a.m.o.Store.Linked(a.repository(), d) }
 
-// ask puts a question to upstream. Where an older answer would do, it is given up
-// early, and not asked at all while the host is left alone.
+// ask puts a question to upstream, whose answer is waited for as Options.AnswerPatience says. Where an older
+// answer would do, it is given up earlier, and not asked at all while the host is left alone.
 func (a access) ask(ctx context.Context, olderWillDo bool, question func(ctx context.Context) error) error {
 	if a.source.Own() {
 		if r, ok := a.m.refusals.Get(a.repository()); ok && a.m.within(r.at, refusalTTL) {
@@ -90,12 +99,12 @@ func (a access) ask(ctx context.Context, olderWillDo bool, question func(ctx con
 	if failed && a.m.within(p.at, a.m.o.Pause) && (olderWillDo || !a.arrived.IsZero() && p.at.After(a.arrived)) {
 		return &pausedError{p.err}
 	}
-	bounded := ctx
+	patience := a.m.o.AnswerPatience
 	if olderWillDo {
-		var cancel context.CancelFunc
-		bounded, cancel = context.WithTimeoutCause(ctx, a.m.o.Patience, errImpatient)
-		defer cancel()
+		patience = min(patience, a.m.o.Patience)
 	}
+	bounded, cancel := context.WithTimeoutCause(ctx, patience, errImpatient)
+	defer cancel()
 	err := question(bounded)
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -110,7 +119,11 @@ func (m *Mirror) within(at time.Time, ttl time.Duration) bool {
 	return age >= 0 && age < ttl
 }
 
-var errImpatient = errors.New("the registry took too long to answer")
+// Why upstream is not waited for any longer.
+var (
+	errImpatient = errors.New("the registry took too long to answer")
+	errStalled   = errors.New("the registry sent nothing for too long")
+)
 
 // pausedError stands in for an error of a moment ago.
 type pausedError struct{ error }
@@ -164,12 +177,20 @@ func (a access) challenge(ctx context.Context, err error) []string {
 // reached, so that its grant can be found; a token could not be had then.
 func (a access) basicChallenge() []string {
 	known, _ := a.m.challenges.Get(a.source.Host())
-	for _, c := range known.values {
-		if scheme, _, _ := strings.Cut(c, " "); strings.EqualFold(scheme, "basic") {
-			return []string{c}
-		}
+	if c := scheme(known.values, "basic"); c != "" {
+		return []string{c}
 	}
 	return nil
+}
+
+// scheme is the first of the challenges that is for a scheme.
+func scheme(challenges []string, want string) string {
+	for _, c := range challenges {
+		if got, _, _ := strings.Cut(c, " "); strings.EqualFold(got, want) {
+			return c
+		}
+	}
+	return ""
 }
 
 // warning is the header's value (distribution spec, "Warnings") where content was

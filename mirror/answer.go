@@ -4,9 +4,11 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"math"
 	"net/http"
+	"net/url"
 	"strconv"
 	"time"
 
@@ -64,6 +66,11 @@ func (x *exchange) unavailable(err error) {
 			return
 		}
 	}
+	if x.source != nil && silent(err) {
+		if _, graced := x.granted(); !graced {
+			err = &unprovenError{x.access, err}
+		}
+	}
 	if after := accel.RetryAfter(err); after > 0 {
 		x.w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(after.Seconds()))))
 	}
@@ -72,9 +79,9 @@ func (x *exchange) unavailable(err error) {
 	case registry.StatusOf(err) == http.StatusTooManyRequests:
 		x.error(http.StatusTooManyRequests, "TOOMANYREQUESTS", err.Error())
 		return
-	case errors.Is(err, cache.ErrClosed):
+	case errors.Is(err, cache.ErrClosed), errors.As(err, new(*unprovenError)):
 		status = http.StatusServiceUnavailable
-	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, errImpatient):
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, errImpatient), errors.Is(err, errStalled):
 		status = http.StatusGatewayTimeout
 	default:
 		status = http.StatusBadGateway
@@ -82,6 +89,31 @@ func (x *exchange) unavailable(err error) {
 	x.m.o.Log.Warn("a request failed", "kind", string(x.q.kind), "registry", x.q.host, "repository", x.q.path, "error", err)
 	x.error(status, "UNAVAILABLE", err.Error())
 }
+
+// silent reports whether upstream, or its token service, gave no answer at all, or that it cannot answer now.
+func silent(err error) bool {
+	var broken *url.Error
+	return registry.Unreachable(err) &&
+		(registry.StatusOf(err) != 0 || errors.As(err, &broken) || errors.Is(err, errImpatient) || errors.Is(err, context.DeadlineExceeded))
+}
+
+// unprovenError: upstream cannot be asked, and nothing that is remembered says that this client
+// may have what it asks for. Whether it is here is not told.
+type unprovenError struct {
+	access
+	cause error
+}
+
+func (e *unprovenError) Error() string {
+	who := "without a credential nobody was let in there lately, and a client's could not be checked now"
+	if e.client != ownClient {
+		who = "this credential was not let in there lately, nor is it open without one"
+	}
+	return fmt.Sprintf("whether this client may pull from %s cannot be found out: %s; what is cached is served meanwhile to who was let in within the last %s. %v",
+		e.repository(), who, max(e.m.o.GrantGrace, e.m.o.GrantTTL), e.cause)
+}
+
+func (e *unprovenError) Unwrap() error { return e.cause }
 
 // unauthorized sends the registry's own challenge.
 func (x *exchange) unauthorized(challenge []string, message string) {

@@ -9,6 +9,7 @@ import (
 
 	"accel/mirror"
 
+	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
@@ -17,6 +18,15 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
+
+// containerd is its client, with a user's credentials, that is told of the mirror alone.
+func containerd(n *node, user string) remotes.Resolver {
+	authorizer := docker.NewDockerAuthorizer(docker.WithAuthCreds(func(string) (string, string, error) { return user, users[user], nil }))
+	return docker.NewResolver(docker.ResolverOptions{Hosts: func(string) ([]docker.RegistryHost, error) {
+		return []docker.RegistryHost{{Client: http.DefaultClient, Authorizer: authorizer, Host: strings.TrimPrefix(n.url, "http://"),
+			Scheme: "http", Path: "/v2", Capabilities: docker.HostCapabilityPull | docker.HostCapabilityResolve}}, nil
+	}})
+}
 
 // TestContainerdsClient, with the credentials of an imagePullSecret that the node does not
 // have, goes through the registry's token service and pulls by way of the mirror alone.
@@ -27,14 +37,7 @@ func TestContainerdsClient(t *testing.T) {
 	want := up.push(t, "alice/app", img, "v1")
 	n := newNode(t, up)
 	resolver := func(user string) (ocispec.Descriptor, func(ocispec.Descriptor) ([]byte, error), error) {
-		authorizer := docker.NewDockerAuthorizer(docker.WithAuthCreds(func(string) (string, string, error) { return user, users[user], nil }))
-		r := docker.NewResolver(docker.ResolverOptions{Hosts: func(host string) ([]docker.RegistryHost, error) {
-			if host != up.host {
-				t.Errorf("asked for the hosts of %s", host)
-			}
-			return []docker.RegistryHost{{Client: http.DefaultClient, Authorizer: authorizer, Host: strings.TrimPrefix(n.url, "http://"),
-				Scheme: "http", Path: "/v2", Capabilities: docker.HostCapabilityPull | docker.HostCapabilityResolve}}, nil
-		}})
+		r := containerd(n, user)
 		ref := up.host + "/alice/app:v1"
 		_, desc, err := r.Resolve(ctx, ref)
 		if err != nil {

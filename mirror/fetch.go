@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync/atomic"
+	"time"
 
 	"accel"
 	"accel/cache"
@@ -29,11 +30,18 @@ var _ cache.Fetcher = (*fetcher)(nil)
 // Fetch implements cache.Fetcher. An answer of upstream proves that this client may have
 // the blob, and that the repository holds it.
 func (f *fetcher) Fetch(ctx context.Context, offset, lengthBytes int64) (cache.Stream, error) {
-	r, err := f.source.Range(ctx, f.digest, f.sizeBytes, offset, lengthBytes)
+	bounded, cancel := context.WithCancelCause(ctx) // lasts as long as the stream
+	impatient := time.AfterFunc(f.m.o.AnswerPatience, func() { cancel(errImpatient) })
+	r, err := f.source.Range(bounded, f.digest, f.sizeBytes, offset, lengthBytes)
+	if !impatient.Stop() && err == nil {
+		r.Close()
+		err = errImpatient
+	}
 	if ctx.Err() == nil {
 		f.learn(err)
 	}
 	if err != nil {
+		cancel(context.Canceled)
 		return cache.Stream{}, err
 	}
 	f.admit(f.digest)
@@ -41,22 +49,29 @@ func (f *fetcher) Fetch(ctx context.Context, offset, lengthBytes int64) (cache.S
 		f.unranged.Store(true)
 	}
 	f.m.metrics.fetches.Inc()
-	if f.count == nil {
-		return cache.Stream{ReadCloser: r.ReadCloser, From: r.From}, nil
-	}
-	return cache.Stream{ReadCloser: counted{r, f.count}, From: r.From}, nil
+	return cache.Stream{ReadCloser: &stream{Range: r, f: f, cancel: cancel}, From: r.From}, nil
 }
 
-// counted tells what passes.
-type counted struct {
+// stream is a blob on its way. It ends when nothing comes for too long, and tells what passes.
+type stream struct {
 	registry.Range
-	count func(n int)
+	f      *fetcher
+	cancel context.CancelCauseFunc
 }
 
-func (c counted) Read(p []byte) (int, error) {
-	n, err := c.Range.Read(p)
-	c.count(n)
+func (s *stream) Read(p []byte) (int, error) {
+	stalled := time.AfterFunc(s.f.m.o.StallPatience, func() { s.cancel(errStalled) })
+	n, err := s.Range.Read(p)
+	stalled.Stop()
+	if s.f.count != nil {
+		s.f.count(n)
+	}
 	return n, err
+}
+
+func (s *stream) Close() error {
+	defer s.cancel(context.Canceled)
+	return s.Range.Close()
 }
 
 // blobAccess says that this client may have a blob as far as is known, and its size.

@@ -19,8 +19,10 @@
 //
 // Content that is here is given only to who was let in upstream: once, for each repository and
 // credential, within GrantTTL; and only through a repository that upstream has shown to hold that
-// very digest. While the registry cannot be reached (no connection, 5xx, 429; not when
-// it says 401 or 403) a grant counts for GrantGrace. Credentials are remembered as keyed digests.
+// very digest. While the registry or its token service cannot be reached (no connection, 5xx, 429; not when
+// it says 401 or 403) a grant counts for GrantGrace, and that of the node's own credentials (where there are
+// none: of nobody's) for every client, since each may come without a credential. Others get a 503 that says so.
+// Credentials are remembered as keyed digests.
 //
 // # What is fresh
 //
@@ -69,6 +71,11 @@ type Options struct {
 	// Patience is how long upstream is waited for where an older answer would do; default 3 s. A
 	// registry that did not answer is then left alone for Pause, default 15 s.
 	Patience, Pause time.Duration
+	// AnswerPatience is how long upstream is waited for where there is no older answer, all attempts
+	// together: for what a manifest or a question takes, and for a blob's first byte; default 15 s.
+	// StallPatience is how long a blob that has begun may bring nothing, attempts to resume it included;
+	// default 30 s.
+	AnswerPatience, StallPatience time.Duration
 	// Key makes the digests by which credentials are remembered; at least 32 random bytes, kept
 	// with the store. Empty: random, so that grants end with the process.
 	Key []byte
@@ -154,13 +161,14 @@ func New(o Options) (*Mirror, error) {
 	}{
 		{&o.TagTTL, time.Minute}, {&o.GrantTTL, 5 * time.Minute}, {&o.GrantGrace, 24 * time.Hour},
 		{&o.Patience, 3 * time.Second}, {&o.Pause, 15 * time.Second}, {&o.ClientPatience, 2 * time.Minute},
+		{&o.AnswerPatience, 15 * time.Second}, {&o.StallPatience, 30 * time.Second},
 	} {
 		if *d.set == 0 {
 			*d.set = d.value
 		}
 	}
-	if o.Patience < 0 || o.Pause < 0 || o.ClientPatience < 0 {
-		return nil, fmt.Errorf("%w: Patience, Pause and ClientPatience of a mirror are not negative", accel.ErrInvalid)
+	if min(o.Patience, o.Pause, o.ClientPatience, o.AnswerPatience, o.StallPatience) < 0 {
+		return nil, fmt.Errorf("%w: neither a mirror's patience nor its Pause is negative", accel.ErrInvalid)
 	}
 	if o.Observe == nil {
 		o.Observe = func(accel.Transfer) {}

@@ -242,7 +242,7 @@ func TestAccess(t *testing.T) {
 		t.Errorf("a token that was taken back: %d", r.status)
 	}
 	up.set(status(503))
-	if r := n.get("alice/app/manifests/"+d.String(), "Authorization", alice); r.status != 502 {
+	if r := n.get("alice/app/manifests/"+d.String(), "Authorization", alice); r.status != 503 {
 		t.Errorf("a refusal is forgotten when the registry goes away: %d", r.status)
 	}
 }
@@ -268,7 +268,7 @@ func TestRestart(t *testing.T) {
 	}
 	second.stop()
 	third := newNode(t, up, kept, key(2))
-	if r := third.get("alice/app/manifests/v1", "Authorization", alice); r.status != 502 {
+	if r := third.get("alice/app/manifests/v1", "Authorization", alice); r.status != 503 {
 		t.Errorf("with another key: %d", r.status)
 	}
 }

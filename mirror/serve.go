@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"accel"
+	"accel/registry"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/opencontainers/go-digest"
@@ -95,9 +96,11 @@ func (x *exchange) ping(authorization string) error {
 	return x.cut(err)
 }
 
-// pingChallenge: what cannot be asked is not asked for, so that clients go on to what is here.
+// pingChallenge: what cannot be asked is not asked for, so that clients go on to what is here. Nor is a token
+// asked for that could not be had, because the token service is away.
 func (x *exchange) pingChallenge(authorization string) ([]string, error) {
-	ctx := x.r.Context()
+	ctx, cancel := context.WithTimeoutCause(x.r.Context(), x.m.o.AnswerPatience, errImpatient)
+	defer cancel()
 	if authorization != "" {
 		err := x.m.o.Registry.Ping(ctx, x.q.host, authorization)
 		if errors.Is(err, accel.ErrUnauthenticated) || errors.Is(err, accel.ErrForbidden) {
@@ -110,6 +113,12 @@ func (x *exchange) pingChallenge(authorization string) ([]string, error) {
 		return nil, err
 	}
 	challenge, err := x.m.o.Registry.Challenge(ctx, x.q.host)
+	if err == nil && scheme(challenge, "bearer") != "" {
+		err = x.ask(ctx, false, func(ctx context.Context) error { return x.m.o.Registry.Ping(ctx, x.q.host, "") })
+		if !registry.Unreachable(err) {
+			err = nil // a token service that refuses is there
+		}
+	}
 	if err != nil {
 		x.m.o.Log.Debug("a registry does not answer a ping", "registry", x.q.host, "error", err)
 		return nil, nil

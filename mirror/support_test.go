@@ -53,6 +53,8 @@ type upstream struct {
 	fault fault
 	seen  []string // "METHOD path"
 	given map[string]string
+	// tokens is a fault of the token service.
+	tokens fault
 	// blobBytes that were sent in answers to GET, by path.
 	blobBytes map[string]int64
 }
@@ -89,7 +91,12 @@ func newUpstream(t testing.TB) *upstream {
 
 func (u *upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Path == "/token" {
-		u.token(w, r)
+		u.mu.Lock()
+		x := u.tokens
+		u.mu.Unlock()
+		if x == nil || !x(w, r, http.HandlerFunc(u.token)) {
+			u.token(w, r)
+		}
 		return
 	}
 	u.mu.Lock()
@@ -136,7 +143,7 @@ func (u *upstream) token(w http.ResponseWriter, r *http.Request) {
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	token := fmt.Sprintf("token-%d", len(u.given))
+	token := "token-" + rand.Text()
 	u.given[token] = user
 	json.NewEncoder(w).Encode(map[string]any{"token": token, "expires_in": 300})
 }
@@ -175,6 +182,14 @@ func (u *upstream) set(x fault) {
 	u.fault, u.seen = x, nil
 }
 
+// breakTokens breaks the token service, and has the tokens that it gave end.
+func (u *upstream) breakTokens(x fault) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.tokens = x
+	clear(u.given)
+}
+
 // requests that had part in them, since the last set.
 func (u *upstream) requests(part string) []string {
 	u.mu.Lock()
@@ -192,7 +207,7 @@ func (u *upstream) bearer(t *testing.T, user string) string {
 	t.Helper()
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	token := fmt.Sprintf("token-%d", len(u.given))
+	token := "token-" + rand.Text()
 	u.given[token] = user
 	return "Bearer " + token
 }
@@ -434,6 +449,11 @@ func changed(change func([]byte) []byte, cut bool) fault {
 		}
 		return true
 	}
+}
+
+func hangs(_ http.ResponseWriter, r *http.Request, _ http.Handler) bool {
+	<-r.Context().Done()
+	return true
 }
 
 func unranged(w http.ResponseWriter, r *http.Request, next http.Handler) bool {
