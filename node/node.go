@@ -42,9 +42,10 @@ type Options struct {
 	// BudgetBytes and FreeFloorBytes bound the store, as in cache.Options.
 	BudgetBytes, FreeFloorBytes int64
 	Registry                    *registry.Client
-	// DefaultRegistry, TagTTL, GrantTTL and GrantGrace are the mirror's, as in mirror.Options.
-	DefaultRegistry              string
-	TagTTL, GrantTTL, GrantGrace time.Duration
+	// DefaultRegistry and the times are the mirror's, as in mirror.Options.
+	DefaultRegistry               string
+	TagTTL, GrantTTL, GrantGrace  time.Duration
+	AnswerPatience, StallPatience time.Duration
 	// Quiet ends the measurement of a pull, MaxSpooled bounds the pulls that wait for
 	// the server; zero: the meter's own defaults.
 	Quiet      time.Duration
@@ -133,6 +134,7 @@ func (n *Node) open() (err error) {
 	n.mirror, err = mirror.New(mirror.Options{
 		Store: n.store, Registry: o.Registry, Begin: n.meter.Begin, Default: o.DefaultRegistry,
 		TagTTL: o.TagTTL, GrantTTL: o.GrantTTL, GrantGrace: o.GrantGrace, Key: key,
+		AnswerPatience: o.AnswerPatience, StallPatience: o.StallPatience,
 		Registerer: o.Metrics, Log: o.Log, Now: o.Now,
 	})
 	if err != nil || o.Server == nil {
@@ -149,12 +151,10 @@ func storeDir(dir string) string { return filepath.Join(dir, "cache") }
 // It may be called once; then comes Close.
 func (n *Node) Run(ctx context.Context, mirrorListener, adminListener net.Listener, beside ...Served) error {
 	g, ctx := errgroup.WithContext(ctx)
-	servers := []*http.Server{ //nolint:prealloc
-		n.serve(g, mirrorListener, n.mirror),
-		n.serve(g, adminListener, n.admin(ctx)),
-	}
-	for _, s := range beside {
-		servers = append(servers, n.serve(g, s.Listener, s.Handler))
+	all := append([]Served{{mirrorListener, n.mirror}, {adminListener, n.admin(ctx)}}, beside...)
+	servers := make([]*http.Server, 0, len(all))
+	for _, s := range all {
+		servers = append(servers, n.serve(g, s))
 	}
 	// What fills the store and measures pulls outlives the last request.
 	inner, stop := context.WithCancel(context.WithoutCancel(ctx))
@@ -189,15 +189,15 @@ type Served struct {
 	Handler  http.Handler
 }
 
-func (n *Node) serve(g *errgroup.Group, l net.Listener, h http.Handler) *http.Server {
+func (n *Node) serve(g *errgroup.Group, what Served) *http.Server {
 	// No write time-out: a slow client may take its time over a layer.
 	s := &http.Server{
-		Handler: h, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
+		Handler: what.Handler, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
 		ErrorLog: slog.NewLogLogger(n.o.Log.Handler(), slog.LevelDebug),
 	}
 	g.Go(func() error {
-		if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-			return fmt.Errorf("serve %s: %w", l.Addr(), err)
+		if err := s.Serve(what.Listener); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("serve %s: %w", what.Listener.Addr(), err)
 		}
 		return nil
 	})

@@ -63,7 +63,7 @@ func runNode(cmd *cobra.Command, conf nodeConfig) error {
 	if err != nil {
 		return usage(err)
 	}
-	client, err := registry.New(registry.Options{Hosts: hosts, Keychain: registry.DefaultKeychain()})
+	client, err := registry.New(registry.Options{Hosts: hosts, Keychain: registry.DefaultKeychain(), StallTimeout: max(conf.Mirror.StallTimeout/2, 1)})
 	if err != nil {
 		return usage(err)
 	}
@@ -78,6 +78,7 @@ func runNode(cmd *cobra.Command, conf nodeConfig) error {
 		BudgetBytes: int64(conf.Cache.Budget), FreeFloorBytes: int64(conf.Cache.FreeFloor),
 		Registry: client, DefaultRegistry: conf.DefaultRegistry,
 		TagTTL: orNever(conf.Mirror.TagTTL), GrantTTL: orNever(conf.Mirror.GrantTTL), GrantGrace: orNever(conf.Mirror.GrantGrace),
+		AnswerPatience: conf.Mirror.AnswerTimeout, StallPatience: conf.Mirror.StallTimeout,
 		Quiet: conf.Pulls.Quiet, MaxSpooled: conf.Pulls.MaxSpooled, Server: server, Heartbeat: conf.Heartbeat, Warms: conf.Warm.Concurrency,
 		Metrics: metrics, Log: log,
 	})

@@ -64,6 +64,9 @@ type nodeMirrorConfig struct {
 	TagTTL     time.Duration `yaml:"tag_ttl" doc:"how long a tag is believed before the registry is asked again; 0: asked every time"`
 	GrantTTL   time.Duration `yaml:"grant_ttl" doc:"how long a client that the registry let in is let in here without asking; 0: asked every time"`
 	GrantGrace time.Duration `yaml:"grant_grace" doc:"how long that counts while the registry cannot be reached; 0: not at all"`
+	// Of the registry, not of clients.
+	AnswerTimeout time.Duration `yaml:"answer_timeout" doc:"how long a registry may take to answer for a manifest or a question, and to begin with a blob, all attempts together"`
+	StallTimeout  time.Duration `yaml:"stall_timeout" doc:"how long a blob that has begun may bring nothing until it is given up; after half of it another connection is tried"`
 }
 
 type nodePullsConfig struct {
@@ -92,7 +95,7 @@ func defaultNodeSettings() nodeConfig {
 		Listen: defaultMirror, Data: "/var/lib/accel/node", Socket: "/run/accel/node.sock", Log: logConfig{"info", "text"},
 		Heartbeat: 30 * time.Second,
 		Cache:     nodeCacheConfig{Budget: 50e9, FreeFloor: 5e9},
-		Mirror:    nodeMirrorConfig{time.Minute, 5 * time.Minute, 24 * time.Hour},
+		Mirror:    nodeMirrorConfig{time.Minute, 5 * time.Minute, 24 * time.Hour, 15 * time.Second, 30 * time.Second},
 		Pulls:     nodePullsConfig{5 * time.Second, 100_000},
 		Warm:      nodeWarmConfig{1},
 		Containerd: nodeContainerdConfig{
@@ -177,6 +180,9 @@ func (c *nodeConfig) finish() error {
 	check(c.Warm.Concurrency > 0, "warm.concurrency %d: want at least 1", c.Warm.Concurrency)
 	for key, d := range map[string]time.Duration{"mirror.tag_ttl": c.Mirror.TagTTL, "mirror.grant_ttl": c.Mirror.GrantTTL, "mirror.grant_grace": c.Mirror.GrantGrace} {
 		check(d >= 0, "%s %s: must not be negative", key, d)
+	}
+	for key, d := range map[string]time.Duration{"mirror.answer_timeout": c.Mirror.AnswerTimeout, "mirror.stall_timeout": c.Mirror.StallTimeout} {
+		check(d > 0, "%s %s: must be positive", key, d)
 	}
 	check(filepath.IsAbs(c.Containerd.ConfigDir), "containerd.config_dir %q: want an absolute path", c.Containerd.ConfigDir)
 	_, err = registryHosts(c.Registries)
