@@ -57,7 +57,7 @@ type UsageReport struct {
 type usageInput struct {
 	By     string `query:"by" enum:"image,tenant,node,day" default:"image" doc:"what is added up"`
 	Memory string `query:"memory" default:"1GiB" doc:"memory of pulls for which the platform passed none" maxLength:"40" example:"512MiB"`
-	From   string `query:"from" doc:"first day (UTC): a date, or a time of which the day counts; default: the first that is kept" maxLength:"40" example:"2026-01-01"`
+	From   string `query:"from" doc:"first day (UTC): a date, or a time of which the day counts; default: the first that is kept, and for which this can be told" maxLength:"40" example:"2026-01-01"`
 	To     string `query:"to" doc:"day after the last; a time within a day takes this day in; default: after the newest" maxLength:"40" example:"2026-02-01"`
 	Image  string `query:"image" doc:"only of this image, or of this repository (host/path)" maxLength:"1024"`
 	Tenant string `query:"tenant" doc:"only of this tenant" maxLength:"128"`
@@ -75,6 +75,8 @@ func (s *server) usageRoutes(routes huma.API) {
 		OperationID: "get-usage", Method: http.MethodGet, Path: "/v1/usage", Tags: []string{"Pulls"}, Security: secured(ScopeRead),
 		Summary: "Add up pulls: how many, how fast, from where, and what they cost",
 		Description: `Adds up whole days (UTC); a pull belongs to the day on which it started.
+
+Days that are older than the service is configured to keep in detail are folded: they can be asked for by image, by tenant and by node, but not by node together with another of them, and by image and tenant together for whole months only; what cannot be told is a 400. Their percentiles are those of whole months, but for those of all pulls, and what they saved was estimated when they were folded.
 
 **Billed** are the billed duration of each pull times its memory, in GB-seconds (a GB is 2^30 bytes). The memory is what the platform passed with the pull, else what the query names. Which outcomes are free (by default a full hit), the step to which durations are rounded up and their minimum are configured; a changed rule holds for the pulls that come after it.
 

@@ -111,7 +111,7 @@ func decodeBlob(b []byte) (r blobRow, err error) {
 	return r, err
 }
 
-// datedRow is a row of tags, links and grants.
+// datedRow is a row of tags, lists of referrers, links and grants.
 type datedRow struct {
 	seq    uint64 // which of two was put later
 	digest digest.Digest

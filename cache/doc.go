@@ -1,5 +1,5 @@
 // Package cache keeps a node's content on disk: blobs by digest, whole or in part,
-// manifests, tags, and what clients and repositories are known to be allowed. The
+// manifests, tags, lists of referrers, and what clients and repositories are known to be allowed. The
 // mirror and the lazy mounts read from it; what brings bytes that it lacks is a
 // Fetcher of theirs. It knows no network.
 //

@@ -24,6 +24,7 @@ const (
 	tableTags      = "t"
 	tableLinks     = "l"
 	tableGrants    = "g"
+	tableReferrers = "r"
 	tablePins      = "p"
 	tableMeta      = "f"
 )
@@ -40,7 +41,7 @@ var (
 
 // kept says how many rows of a table there may be; the oldest above it are removed. What a
 // registry or a client makes us remember is bounded so.
-var kept = map[string]int{tableTags: 50_000, tableLinks: 200_000, tableGrants: 50_000}
+var kept = map[string]int{tableTags: 50_000, tableLinks: 200_000, tableGrants: 50_000, tableReferrers: 10_000}
 
 const (
 	// format is the layout that this code reads and writes.

@@ -55,6 +55,29 @@ func (s *Store) RemoveTag(repository, tag string) error {
 	return s.forgetRow(tableTags, tagKey(repository, tag))
 }
 
+func referrersKey(repository string, subject digest.Digest, artifactType string) string {
+	return hashed(repository) + hashed(subject.String()+" "+artifactType)
+}
+
+// Referrers returns what is known of the list of repository's referrers to subject (artifactType empty: of
+// all types); the list itself is the Manifest with that Digest. accel.ErrNotFound.
+func (s *Store) Referrers(repository string, subject digest.Digest, artifactType string) (Tag, error) {
+	r, ok := s.dated(tableReferrers, referrersKey(repository, subject, artifactType))
+	if !ok {
+		return Tag{}, fmt.Errorf("%w: referrers to %s@%s", accel.ErrNotFound, repository, subject)
+	}
+	return Tag{Digest: r.digest, CheckedAt: s.past(r.at)}, nil
+}
+
+// PutReferrers remembers a list of referrers as PutTag does a tag. Those put the longest ago are forgotten
+// above 10,000.
+func (s *Store) PutReferrers(repository string, subject digest.Digest, artifactType string, t Tag) error {
+	if _, err := keyOf(t.Digest); err != nil {
+		return err
+	}
+	return s.put(tableReferrers, referrersKey(repository, subject, artifactType), datedRow{digest: t.Digest, at: t.CheckedAt})
+}
+
 // Link remembers that repository holds digests. Above 200,000 the oldest are forgotten.
 func (s *Store) Link(repository string, digests ...digest.Digest) error {
 	for _, d := range digests {

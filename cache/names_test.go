@@ -29,6 +29,7 @@ func TestNames(t *testing.T) {
 		b.PutManifest(Manifest{Digest: d, MediaType: "application/x", Raw: raw}),
 		b.PutTag(repo, "v1", Tag{Digest: d, CheckedAt: now}), b.PutTag(repo, "v2", Tag{Digest: d}),
 		b.RemoveTag(repo, "v2"), b.RemoveTag(repo, "v3"),
+		b.PutReferrers(repo, d, "", Tag{Digest: d}), b.PutReferrers(repo, d, "t", Tag{Digest: d, CheckedAt: now}),
 		b.Link(repo, d), b.Link(repo, d),
 		b.Grant(repo, "a", now), b.Grant(repo, "b", now), b.Revoke(repo, "b"),
 		b.Pin("x", d), b.Pin("x", d), b.Pin("y", d),
@@ -42,6 +43,17 @@ func TestNames(t *testing.T) {
 		}
 		if _, err := b.Tag(repo, "v2"); !errors.Is(err, accel.ErrNotFound) {
 			t.Errorf("a removed tag: %v", err)
+		}
+		if got, err := b.Referrers(repo, d, "t"); err != nil || got.Digest != d || !got.CheckedAt.Equal(now) {
+			t.Errorf("referrers: %+v, %v", got, err)
+		}
+		for _, name := range []string{"t ", "other"} {
+			if _, err := b.Referrers(repo, d, name); !errors.Is(err, accel.ErrNotFound) {
+				t.Errorf("referrers of type %q: %v", name, err)
+			}
+		}
+		if _, err := b.Referrers(other, d, "t"); !errors.Is(err, accel.ErrNotFound) {
+			t.Errorf("another repository's referrers: %v", err)
 		}
 		if got, err := b.Manifest(d); err != nil || got.MediaType != "application/x" || !bytes.Equal(got.Raw, raw) {
 			t.Errorf("%+v, %v", got, err)

@@ -148,7 +148,7 @@ func (s *Store) load(table, key string, content []byte) error {
 		for _, d := range digests {
 			s.pinned[d]++
 		}
-	case tableTags, tableLinks, tableGrants:
+	case tableTags, tableLinks, tableGrants, tableReferrers:
 		r, err := decodeDated(content)
 		if err != nil {
 			return err

@@ -22,6 +22,9 @@ func TestMain(m *testing.M) {
 	if path := os.Getenv(killPath); path != "" {
 		beKilled(path, os.Getenv(killRun))
 	}
+	if path := os.Getenv(killFold); path != "" {
+		beKilledFolding(path, os.Getenv(killRun))
+	}
 	goleak.VerifyTestMain(m)
 }
 

@@ -47,9 +47,15 @@ type file struct {
 	closed bool
 }
 
-// openFile opens the file path with the given buckets and bucketMeta, or makes it
-// (mode 0600, its folder 0700). check looks at an old one.
-func openFile(path, format string, buckets [][]byte, check func(*bbolt.Tx) error) (*file, error) {
+// schema is what a file has.
+type schema struct {
+	format  string
+	older   string   // a format that lacked some of the buckets, which are made; empty: none
+	buckets [][]byte // and bucketMeta
+}
+
+// openFile opens the file path, or makes it (mode 0600, its folder 0700). check looks at an old one.
+func openFile(path string, has schema, check func(*bbolt.Tx) error) (*file, error) {
 	_, err := os.Stat(path)
 	fresh := errors.Is(err, os.ErrNotExist)
 	if fresh {
@@ -58,7 +64,7 @@ func openFile(path, format string, buckets [][]byte, check func(*bbolt.Tx) error
 		}
 	}
 	f := &file{path: path}
-	if err := f.open(format, buckets, check); err != nil {
+	if err := f.open(has, check); err != nil {
 		if f.raw != nil {
 			f.raw.Close() // also what bbolt leaves open, and so locked, when it panics
 		}
@@ -72,7 +78,7 @@ func openFile(path, format string, buckets [][]byte, check func(*bbolt.Tx) error
 	return f, nil
 }
 
-func (f *file) open(format string, buckets [][]byte, check func(*bbolt.Tx) error) (err error) {
+func (f *file) open(has schema, check func(*bbolt.Tx) error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // of this goroutine
 	defer f.guard(&err)
 	f.db, err = bbolt.Open(f.path, 0o600, &bbolt.Options{
@@ -91,14 +97,14 @@ func (f *file) open(format string, buckets [][]byte, check func(*bbolt.Tx) error
 		return fmt.Errorf("%w: %s: %w", ErrDamaged, f.path, err)
 	}
 	f.db.MaxBatchDelay = gather
-	if err := f.inspect(format, buckets, check); err != nil {
+	if err := f.inspect(has, check); err != nil {
 		return errors.Join(err, f.db.Close())
 	}
 	return nil
 }
 
-// inspect makes the buckets of a new file, and looks at what a cut or foreign one would lack.
-func (f *file) inspect(format string, buckets [][]byte, check func(*bbolt.Tx) error) error {
+// inspect makes the buckets of a new or older file, and looks at what a cut or foreign one would lack.
+func (f *file) inspect(has schema, check func(*bbolt.Tx) error) error {
 	info, err := os.Stat(f.path)
 	if err != nil {
 		return fmt.Errorf("open file of pulls: %w", err)
@@ -112,10 +118,15 @@ func (f *file) inspect(format string, buckets [][]byte, check func(*bbolt.Tx) er
 			fresh = true
 			return nil
 		}
-		if m := bt.Bucket(bucketMeta); m == nil || string(m.Get(keyFormat)) != format {
-			return fmt.Errorf("%w: %s is not in the format %q", ErrDamaged, f.path, format)
+		m := bt.Bucket(bucketMeta)
+		if m != nil && has.older != "" && string(m.Get(keyFormat)) == has.older {
+			fresh = true
+			return check(bt)
 		}
-		for _, name := range buckets {
+		if m == nil || string(m.Get(keyFormat)) != has.format {
+			return fmt.Errorf("%w: %s is not in the format %q", ErrDamaged, f.path, has.format)
+		}
+		for _, name := range has.buckets {
 			if bt.Bucket(name) == nil {
 				return fmt.Errorf("%w: %s lacks its table %q", ErrDamaged, f.path, name)
 			}
@@ -126,12 +137,12 @@ func (f *file) inspect(format string, buckets [][]byte, check func(*bbolt.Tx) er
 		return err
 	}
 	err = f.db.Update(func(bt *bbolt.Tx) error {
-		for _, name := range append([][]byte{bucketMeta}, buckets...) {
-			if _, err := bt.CreateBucket(name); err != nil {
+		for _, name := range append([][]byte{bucketMeta}, has.buckets...) {
+			if _, err := bt.CreateBucketIfNotExists(name); err != nil {
 				return err
 			}
 		}
-		return bt.Bucket(bucketMeta).Put(keyFormat, []byte(format))
+		return bt.Bucket(bucketMeta).Put(keyFormat, []byte(has.format))
 	})
 	if err != nil {
 		return fmt.Errorf("make file of pulls %s: %w", f.path, err)

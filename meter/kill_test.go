@@ -3,12 +3,16 @@ package meter_test
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -21,6 +25,7 @@ import (
 // The test binary runs itself again, to be killed.
 const (
 	killPath = "ACCEL_METER_TEST_PATH"
+	killFold = "ACCEL_METER_TEST_FOLD"
 	killRun  = "ACCEL_METER_TEST_RUN"
 )
 
@@ -66,25 +71,8 @@ func killed(t *testing.T, kills int) {
 	dir := t.TempDir()
 	spooled := map[string]bool{}
 	for run := range kills {
-		cmd := exec.CommandContext(t.Context(), os.Args[0])
-		cmd.Env = append(os.Environ(), killPath+"="+dir, killRun+"="+name("run", run))
-		cmd.Stderr = os.Stderr
-		out, err := cmd.StdoutPipe()
-		must(t, err)
-		must(t, cmd.Start())
-		lines := bufio.NewReader(out)
-		first, err := lines.ReadString('\n') // it is at work
-		if err != nil {
-			t.Fatalf("run %d: %v", run, err)
-		}
-		kill := time.AfterFunc(time.Duration(rand.IntN(80_000))*time.Microsecond, func() { _ = cmd.Process.Kill() })
-		rest, err := io.ReadAll(lines)
-		kill.Stop()
-		_ = cmd.Wait() // killed
-		must(t, err)
-		all := first + string(rest)
-		for line := range strings.Lines(all[:strings.LastIndexByte(all, '\n')+1]) {
-			spooled[strings.TrimSpace(line)] = true
+		for _, id := range runAndKill(t, killPath+"="+dir, killRun+"="+name("run", run)) {
+			spooled[id] = true
 		}
 	}
 	now := time.Now()
@@ -109,6 +97,32 @@ func killed(t *testing.T, kills int) {
 	}
 	checkSums(t, l, all)
 	t.Logf("%d kills, %d pulls spooled for sure, %d counted, %d waited at the end", kills, len(spooled), len(all), waited)
+}
+
+// runAndKill runs this binary with an environment, kills it at some instant, and returns the lines that it said.
+func runAndKill(t *testing.T, env ...string) (said []string) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), os.Args[0])
+	cmd.Env = append(os.Environ(), env...)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	lines := bufio.NewReader(out)
+	first, err := lines.ReadString('\n') // it is at work
+	if err != nil {
+		t.Fatalf("%v: %v", env, err)
+	}
+	kill := time.AfterFunc(time.Duration(rand.IntN(80_000))*time.Microsecond, func() { _ = cmd.Process.Kill() })
+	rest, err := io.ReadAll(lines)
+	kill.Stop()
+	_ = cmd.Wait() // killed
+	must(t, err)
+	all := first + string(rest)
+	for line := range strings.Lines(all[:strings.LastIndexByte(all, '\n')+1]) {
+		said = append(said, strings.TrimSpace(line))
+	}
+	return said
 }
 
 // checkSums compares usage with the single pulls.
@@ -140,4 +154,98 @@ func TestKilledExactlyOnceLong(t *testing.T) {
 		t.Skip("200 kills: make test-long")
 	}
 	killed(t, 200)
+}
+
+// beKilledFolding is a server that folds days, and is told of late pulls of folded days and new ones meanwhile. It
+// says on standard output which it has.
+func beKilledFolding(dir, run string) {
+	day, err := strconv.Atoi(run)
+	if err != nil {
+		panic(err)
+	}
+	now := noon.AddDate(0, 0, day)
+	l, err := meter.OpenLedger(filepath.Join(dir, "ledger.db"), meter.LedgerOptions{KeepPulls: apart, KeepDetail: aDay, Now: func() time.Time { return now }})
+	if err != nil {
+		panic(err)
+	}
+	l.FoldBy(5)
+	go func() {
+		for i := 0; ; i++ {
+			p := pullOf(now.AddDate(0, 0, -i%3*5), of(repository+":"+name("v", i%9)), by(name("t", i%4)))
+			if _, err := l.Add(context.Background(), []accel.Pull{p}); err != nil {
+				panic(err)
+			}
+			fmt.Println(p.ID)
+		}
+	}()
+	for {
+		if err := l.Prune(context.Background()); err != nil {
+			panic(err)
+		}
+	}
+}
+
+// killedFolding kills a server so many times while it folds. Each pull must be counted exactly once, and the folded sums be
+// those of the pulls.
+func killedFolding(t *testing.T, kills int) {
+	dir := t.TempDir()
+	now := noon.AddDate(0, 0, kills+40)
+	path := filepath.Join(dir, "ledger.db")
+	l := openLedger(t, path, &now, meter.LedgerOptions{KeepPulls: apart})
+	add(t, l, manyDays(rand.New(rand.NewPCG(9, 9)), kills+20, 60)...)
+	must(t, l.Close())
+	said := map[string]bool{}
+	folds := 0
+	for run := range kills {
+		before := rowsOf(t, path)
+		for _, id := range runAndKill(t, killFold+"="+dir, killRun+"="+strconv.Itoa(run+20)) {
+			said[id] = true
+		}
+		if rowsOf(t, path) < before {
+			folds++
+		}
+	}
+	l = openLedger(t, path, &now, meter.LedgerOptions{KeepPulls: apart, KeepDetail: aDay})
+	whole := openLedger(t, "", &now, meter.LedgerOptions{KeepPulls: apart, KeepDetail: apart})
+	all := allPulls(t, l, meter.Filter{Limit: 1000})
+	for batch := range slices.Chunk(all, 1000) {
+		add(t, whole, batch...)
+	}
+	for _, p := range all {
+		delete(said, p.ID)
+	}
+	if len(said) > 0 || len(all) < (kills+20)*60 {
+		t.Errorf("%d pulls are lost, %d are there", len(said), len(all))
+	}
+	for range 2 { // in the middle, and when all is folded
+		for _, what := range []string{meter.ByImage, meter.ByTenant, meter.ByNode, meter.ByDay} {
+			q := meter.Query{By: what}
+			if got, want := comparable(usage(t, l, q), true), comparable(usage(t, whole, q), true); !reflect.DeepEqual(got, want) {
+				t.Fatalf("by %s: %+v\nwant %+v", what, got, want)
+			}
+		}
+		must(t, l.Prune(t.Context()))
+	}
+	t.Logf("%d kills, %d of them after something was folded, %d pulls", kills, folds, len(all))
+	if folds == 0 {
+		t.Error("nothing was folded before a kill")
+	}
+}
+
+// rowsOf counts the roll-ups of a ledger that nobody has open.
+func rowsOf(t *testing.T, path string) int {
+	l, err := meter.OpenLedger(path, meter.LedgerOptions{})
+	must(t, err)
+	n, err := l.Rows()
+	must(t, errors.Join(err, l.Close()))
+	return n
+}
+
+func TestKilledFolding(t *testing.T) { killedFolding(t, 20) }
+
+func TestKilledFoldingLong(t *testing.T) {
+	if os.Getenv("ACCEL_TEST_LONG") == "" {
+		t.Skip("200 kills: make test-long")
+	}
+	killedFolding(t, 200)
 }

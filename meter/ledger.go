@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"sync"
 	"time"
 
 	"accel"
@@ -23,6 +24,9 @@ type LedgerOptions struct {
 	// are; 400 days, and never less than KeepPulls. Age counts from now, or from the day after the
 	// newest pull where that is earlier, so that a clock that jumped ahead removes nothing.
 	KeepPulls, KeepRollups time.Duration
+	// KeepDetail is how long a day's roll-ups are kept apart by image, tenant and node; 7 days. Older
+	// days are folded: then they can be asked for by one of these only, see Query.
+	KeepDetail time.Duration
 	// MaxPulls bounds the single pulls that are kept, about 250 bytes each; 2,000,000. The
 	// oldest make room. Their sums stay.
 	MaxPulls int
@@ -43,8 +47,10 @@ const (
 )
 
 const (
-	ledgerFormat = "accel ledger 1"
-	pruneEvery   = time.Hour
+	ledgerFormat = "accel ledger 2"
+	// oldLedger had no folded days; it is taken over.
+	oldLedger  = "accel ledger 1"
+	pruneEvery = time.Hour
 	// pruneBatch is how much is removed in one transaction, for which others wait.
 	pruneBatch = 5000
 	dayTime    = 24 * time.Hour
@@ -57,13 +63,17 @@ const (
 var (
 	bucketRollups  = []byte("rollups")  // day image tenant node -> row
 	bucketBaseline = []byte("baseline") // day image -> sketch of seconds; image zero: sketch of bytes per second
-	bucketDays     = []byte("days")     // day -> number of its roll-ups
+	bucketFolded   = []byte("folded")   // kind day name -> row, see fold.go
+	bucketMonths   = []byte("months")   // kind month name, or two -> row
+	bucketDays     = []byte("days")     // day -> number of its roll-ups and folded sums
 	bucketNames    = []byte("names")    // text -> name
 	bucketTexts    = []byte("texts")    // name -> text
 
-	ledgerBuckets = [][]byte{bucketPulls, bucketRollups, bucketBaseline, bucketDays, bucketNames, bucketTexts}
+	ledgerBuckets = [][]byte{bucketPulls, bucketRollups, bucketFolded, bucketMonths, bucketBaseline, bucketDays, bucketNames, bucketTexts}
 
 	keyCount   = []byte("pulls")   // number of pulls
+	keyFolded  = []byte("folded")  // days before this one are folded
+	keySweep   = []byte("sweep")   // there: names may be unused
 	keyHorizon = []byte("horizon") // pulls up to this id were removed, so that one that comes again cannot be told
 )
 
@@ -77,6 +87,12 @@ type Ledger struct {
 	o       LedgerOptions
 	file    *file
 	metrics *ledgerMetrics
+	batch   int // foldBatch, but for tests
+
+	pruning sync.Mutex // held by Prune
+	// sweeping holds the names that were given out since a sweep began; nil: there is none. It belongs
+	// to the writing transaction, of which there is one at a time.
+	sweeping map[uint32]bool
 }
 
 // OpenLedger opens the ledger in the file path, or makes it. ErrLocked when another
@@ -84,9 +100,10 @@ type Ledger struct {
 func OpenLedger(path string, o LedgerOptions) (*Ledger, error) {
 	o.KeepPulls = cmp.Or(o.KeepPulls, 30*dayTime)
 	o.KeepRollups = max(cmp.Or(o.KeepRollups, 400*dayTime), o.KeepPulls)
+	o.KeepDetail = cmp.Or(o.KeepDetail, 7*dayTime)
 	o.MaxPulls = cmp.Or(o.MaxPulls, 2_000_000)
 	o.MaxDayRows = cmp.Or(o.MaxDayRows, 100_000)
-	if o.KeepPulls < 0 || o.MaxPulls < 0 || o.MaxDayRows < 0 {
+	if o.KeepPulls < 0 || o.KeepDetail < 0 || o.MaxPulls < 0 || o.MaxDayRows < 0 {
 		return nil, fmt.Errorf("%w: a bound of the ledger is negative", accel.ErrInvalid)
 	}
 	if o.Billing.Free == nil {
@@ -101,9 +118,9 @@ func OpenLedger(path string, o LedgerOptions) (*Ledger, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	l := &Ledger{o: o}
+	l := &Ledger{o: o, batch: foldBatch}
 	var err error
-	l.file, err = openFile(path, ledgerFormat, ledgerBuckets, func(*bbolt.Tx) error { return nil })
+	l.file, err = openFile(path, schema{ledgerFormat, oldLedger, ledgerBuckets}, func(*bbolt.Tx) error { return nil })
 	if errors.Is(err, ErrDamaged) {
 		return nil, fmt.Errorf("%w (restore it, or move it away: what it counted is lost then, and nodes report what they still have)", err)
 	}
@@ -148,6 +165,11 @@ func (l *Ledger) Add(ctx context.Context, pulls []accel.Pull) (Receipt, error) {
 				return err
 			}
 		}
+		if e.folding != nil {
+			if err := e.folding.write(bt); err != nil {
+				return err
+			}
+		}
 		return e.makeRoom()
 	})
 	if err != nil {
@@ -172,6 +194,9 @@ type entry struct {
 	receipt Receipt
 	counted []int // places of the accepted ones
 	place   int
+
+	folding *folding           // of pulls of folded days; nil: none
+	bases   map[int]*baselines // of folded days
 }
 
 func (e *entry) add(p *accel.Pull) error {
@@ -199,7 +224,11 @@ func (e *entry) add(p *accel.Pull) error {
 	if err := e.count(1); err != nil {
 		return err
 	}
-	if err := e.rollUp(p); err != nil {
+	count := e.rollUp
+	if dayOf(p.Start) < foldedBefore(e.bt) {
+		count = e.addFolded
+	}
+	if err := count(p); err != nil {
 		return err
 	}
 	return e.baseline(p)
@@ -262,12 +291,18 @@ func (e *entry) name(text string, create bool) ([]byte, error) {
 	}
 	names := e.bt.Bucket(bucketNames)
 	if n := names.Get([]byte(text)); n != nil || !create {
+		if n != nil && e.sweeping != nil {
+			e.sweeping[binary.BigEndian.Uint32(n)] = true
+		}
 		return n, nil
 	}
 	texts := e.bt.Bucket(bucketTexts)
 	seq, err := texts.NextSequence()
 	if err != nil {
 		return nil, err
+	}
+	if e.sweeping != nil {
+		e.sweeping[uint32(seq)] = true
 	}
 	if seq > 1<<32-1 {
 		return nil, fmt.Errorf("ledger %s: it has seen 2^32 names; move it away and begin a new one", e.file.path)

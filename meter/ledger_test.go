@@ -124,7 +124,7 @@ func TestRetention(t *testing.T) {
 	o := meter.LedgerOptions{KeepPulls: 10 * 24 * time.Hour, KeepRollups: 100 * 24 * time.Hour}
 	l := openLedger(t, path, &now, o)
 	var pulls []accel.Pull
-	for d := range 120 {
+	for d := range 140 {
 		pulls = append(pulls, pullOf(noon.AddDate(0, 0, d), of(repository+":"+name("v", d))), pullOf(noon.AddDate(0, 0, d), hit, on("n2")))
 	}
 	for len(pulls) > 0 {
@@ -144,15 +144,22 @@ func TestRetention(t *testing.T) {
 		t.Errorf("%d pulls are kept, the oldest of %s", len(kept), kept[len(kept)-1].Start)
 	}
 	u := usage(t, l, meter.Query{By: meter.ByDay})
-	if len(u.Lines) != 101 || u.Total.Pulls != 2*101 {
-		t.Errorf("%d days with %d pulls", len(u.Lines), u.Total.Pulls)
+	// A hundred days, and the rest of their first month.
+	days := int(now.Sub(time.Date(2026, 4, 1, 0, 0, 0, 0, time.UTC))/(24*time.Hour)) + 1
+	if len(u.Lines) != days || u.Total.Pulls != 2*int64(days) {
+		t.Errorf("%d days with %d pulls, want %d", len(u.Lines), u.Total.Pulls, days)
 	}
-	// 101 tags and the one of n2's, and two nodes.
-	if names, err := l.Names(); err != nil || names != 101+1+2 {
+	// Each day's tag and the one of n2's, and two nodes.
+	if names, err := l.Names(); err != nil || names != days+1+2 {
 		t.Errorf("%d names are kept, %v", names, err)
 	}
-	if bases, err := l.Bases(); err != nil || bases != 2*101 {
+	// Of the days of which pulls may come, and the thirty before.
+	if bases, err := l.Bases(); err != nil || bases != 2*(10+30+1) {
 		t.Errorf("%d baselines are kept, %v", bases, err)
+	}
+	// A line for each of seven days and a part of one.
+	if rows, err := l.Rows(); err != nil || rows != 2*8 {
+		t.Errorf("%d roll-ups are kept, %v", rows, err)
 	}
 	// What is older than what is kept may have been counted before.
 	if r := add(t, l, pullOf(noon.AddDate(0, 0, 50))); r != (meter.Receipt{Late: 1}) {

@@ -127,7 +127,7 @@ func (m *ledgerMetrics) added(e *entry, pulls []accel.Pull) {
 
 var (
 	keptDesc    = prometheus.NewDesc("accel_ledger_pulls", "Single pulls that are kept.", nil, nil)
-	rollupsDesc = prometheus.NewDesc("accel_ledger_rollups", "Roll-ups (day, image, tenant, node) that are kept.", nil, nil)
+	rollupsDesc = prometheus.NewDesc("accel_ledger_rollups", "Sums of days that are kept: by image, tenant and node together, and folded ones.", nil, nil)
 	sizeDesc    = prometheus.NewDesc("accel_ledger_file_bytes", "Size of the ledger's file.", nil, nil)
 )
 

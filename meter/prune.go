@@ -10,8 +10,8 @@ import (
 	"go.etcd.io/bbolt"
 )
 
-// Run removes what is too old, at once and then every hour, until ctx ends. What goes wrong is logged, and
-// tried again: an account that does not shrink still counts.
+// Run folds and removes what is too old, at once and then every hour, until ctx ends. What goes wrong is
+// logged, and tried again: an account that does not shrink still counts.
 func (l *Ledger) Run(ctx context.Context) error {
 	tick := time.NewTicker(pruneEvery)
 	defer tick.Stop()
@@ -27,31 +27,78 @@ func (l *Ledger) Run(ctx context.Context) error {
 	}
 }
 
-// Prune removes what is too old now.
+// Prune removes what is too old now, and folds days. It may be ended at any time, and goes on from there.
 func (l *Ledger) Prune(ctx context.Context) error {
+	l.pruning.Lock()
+	defer l.pruning.Unlock()
 	now, any, err := l.believedNow()
 	if err != nil || !any {
 		return l.located(err)
 	}
-	for removed := pruneBatch; removed == pruneBatch; {
+	if err := l.prunePulls(ctx, now.Add(-l.o.KeepPulls)); err != nil {
+		return l.located(err)
+	}
+	// Whole months: their percentiles cannot be taken apart.
+	first := monthStart(monthOf(dayOf(now.Add(-l.o.KeepRollups))))
+	if err := l.pruneDays(ctx, first); err != nil {
+		return l.located(err)
+	}
+	detail := dayOf(now.Add(-l.o.KeepDetail))
+	if err := l.fold(ctx, detail); err != nil {
+		return l.located(err)
+	}
+	// Pulls may still come for the days of which single ones are kept.
+	if err := l.pruneBaselines(ctx, min(detail, dayOf(now.Add(-l.o.KeepPulls)))-BaselineDays); err != nil {
+		return l.located(err)
+	}
+	return l.located(l.sweep(ctx))
+}
+
+// prunePulls removes single pulls from before a time, and what is above the bound.
+func (l *Ledger) prunePulls(ctx context.Context, before time.Time) error {
+	end := timeKey(before)
+	over := func(bt *bbolt.Tx) int { return int(number(bt.Bucket(bucketMeta).Get(keyCount))) - l.o.MaxPulls }
+	removed := 0
+	return l.bitByBit(ctx, func(bt *bbolt.Tx) bool {
+		l.metrics.pruned.Add(float64(removed)) // they are gone for good
+		k, _ := bt.Bucket(bucketPulls).Cursor().First()
+		return k != nil && (bytes.Compare(k, end) < 0 || over(bt) > 0)
+	}, func(bt *bbolt.Tx) (err error) {
+		e := &entry{Ledger: l, bt: bt}
+		removed, err = e.removePulls(pruneBatch, end)
+		if n := over(bt); err == nil && removed == 0 && n > 0 {
+			removed, err = e.removePulls(min(pruneBatch, n), nil)
+		}
+		return err
+	})
+}
+
+// bitByBit runs a transaction that does a bounded part of something, for as long as it is due.
+func (l *Ledger) bitByBit(ctx context.Context, due func(*bbolt.Tx) bool, part func(*bbolt.Tx) error) error {
+	for {
+		more := false
+		err := l.file.view(func(bt *bbolt.Tx) error {
+			more = due(bt)
+			return nil
+		})
+		if err != nil || !more {
+			return err
+		}
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		err := l.file.update(func(bt *bbolt.Tx) (err error) {
-			e := &entry{Ledger: l, bt: bt}
-			over := int(number(bt.Bucket(bucketMeta).Get(keyCount))) - l.o.MaxPulls
-			if removed, err = e.removePulls(pruneBatch, timeKey(now.Add(-l.o.KeepPulls))); err != nil || removed > 0 || over <= 0 {
-				return err
-			}
-			removed, err = e.removePulls(min(pruneBatch, over), nil)
+		if err := l.file.update(part); err != nil {
 			return err
-		})
-		if err != nil {
-			return l.located(err)
 		}
-		l.metrics.pruned.Add(float64(removed))
 	}
-	return l.located(l.pruneDays(ctx, dayOf(now.Add(-l.o.KeepRollups))))
+}
+
+// beginsBefore reports whether a table has keys that are less than limit.
+func beginsBefore(bucket, limit []byte) func(*bbolt.Tx) bool {
+	return func(bt *bbolt.Tx) bool {
+		k, _ := bt.Bucket(bucket).Cursor().First()
+		return k != nil && bytes.Compare(k, limit) < 0
+	}
 }
 
 // believedNow is the time that age counts from: our clock's, but not later than a day after
@@ -70,41 +117,45 @@ func (l *Ledger) believedNow() (now time.Time, any bool, err error) {
 	return now, any, err
 }
 
-// pruneDays removes the days before first, a batch at a time, and the names that only they used.
+// pruneDays removes the days before first, which begins a month.
 func (l *Ledger) pruneDays(ctx context.Context, first int) error {
-	limit := dayKey(first)
-	gone := false
-	for more := true; more; {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		err := l.file.update(func(bt *bbolt.Tx) error {
-			more = false
-			days := bt.Bucket(bucketDays)
-			day, _ := days.Cursor().First()
-			if day == nil || bytes.Compare(day, limit) >= 0 {
-				return nil
-			}
-			more = true
-			day = bytes.Clone(day)
-			n, err := removePrefix(bt.Bucket(bucketRollups), day, pruneBatch)
-			if err != nil || n == pruneBatch {
+	return l.bitByBit(ctx, beginsBefore(bucketDays, dayKey(first)), func(bt *bbolt.Tx) error {
+		days := bt.Bucket(bucketDays)
+		k, _ := days.Cursor().First()
+		day := int(binary.BigEndian.Uint32(k))
+		month := monthOf(day)
+		// Months first: they are gone, or their days are all there.
+		for _, x := range []struct {
+			bucket []byte
+			prefix []byte
+		}{
+			{bucketMonths, foldedKey(ofImage, month)},
+			{bucketMonths, foldedKey(ofTenant, month)},
+			{bucketMonths, foldedKey(ofNode, month)},
+			{bucketMonths, foldedKey(ofPair, month)},
+			{bucketRollups, dayKey(day)},
+			{bucketFolded, foldedKey(ofAll, day)},
+			{bucketFolded, foldedKey(ofImage, day)},
+			{bucketFolded, foldedKey(ofTenant, day)},
+			{bucketFolded, foldedKey(ofNode, day)},
+			{bucketBaseline, dayKey(day)},
+		} {
+			if n, err := removePrefix(bt.Bucket(x.bucket), x.prefix, pruneBatch); err != nil || n > 0 {
 				return err
 			}
-			if n, err = removePrefix(bt.Bucket(bucketBaseline), day, pruneBatch); err != nil || n == pruneBatch {
-				return err
-			}
-			return days.Delete(day)
-		})
-		if err != nil {
-			return err
 		}
-		gone = gone || more
-	}
-	if !gone {
-		return nil
-	}
-	return l.file.update(sweepNames)
+		return errors.Join(days.Delete(dayKey(day)), bt.Bucket(bucketMeta).Put(keySweep, []byte{1}))
+	})
+}
+
+// pruneBaselines removes what no estimate asks for any more.
+func (l *Ledger) pruneBaselines(ctx context.Context, first int) error {
+	return l.bitByBit(ctx, beginsBefore(bucketBaseline, dayKey(first)), func(bt *bbolt.Tx) error {
+		b := bt.Bucket(bucketBaseline)
+		k, _ := b.Cursor().First()
+		_, err := removePrefix(b, bytes.Clone(k[:dayBytes]), pruneBatch)
+		return err
+	})
 }
 
 func removePrefix(b *bbolt.Bucket, prefix []byte, most int) (int, error) {
@@ -113,34 +164,10 @@ func removePrefix(b *bbolt.Bucket, prefix []byte, most int) (int, error) {
 	for k, _ := c.Seek(prefix); bytes.HasPrefix(k, prefix) && len(keys) < most; k, _ = c.Next() {
 		keys = append(keys, bytes.Clone(k))
 	}
-	var errs []error //nolint:prealloc
 	for _, k := range keys {
-		errs = append(errs, b.Delete(k))
-	}
-	return len(keys), errors.Join(errs...)
-}
-
-// sweepNames removes the names that no row has any more.
-func sweepNames(bt *bbolt.Tx) error {
-	used := map[string]bool{}
-	c := bt.Bucket(bucketRollups).Cursor()
-	for k, _ := c.First(); k != nil; k, _ = c.Next() {
-		for name := k[dayBytes:]; len(name) >= nameBytes; name = name[nameBytes:] {
-			if !used[string(name[:nameBytes])] {
-				used[string(name[:nameBytes])] = true
-			}
+		if err := b.Delete(k); err != nil {
+			return 0, err
 		}
 	}
-	var names, texts [][]byte
-	c = bt.Bucket(bucketTexts).Cursor()
-	for k, v := c.First(); k != nil; k, v = c.Next() {
-		if !used[string(k)] {
-			names, texts = append(names, bytes.Clone(k)), append(texts, bytes.Clone(v))
-		}
-	}
-	var errs []error //nolint:prealloc
-	for i := range names {
-		errs = append(errs, bt.Bucket(bucketTexts).Delete(names[i]), bt.Bucket(bucketNames).Delete(texts[i]))
-	}
-	return errors.Join(errs...)
+	return len(keys), nil
 }

@@ -38,26 +38,54 @@ type sums struct {
 	saverBytesPlain, saverBytesArea   total
 	saverBilledPlain, saverBilledArea total
 	savers                            int64
+
+	// Of savers of folded days, again without and with a memory size: what they would have been billed, by
+	// baselines of their time; their number and what these are made of is zero then. noBaseline
+	// counts those of which it was not known.
+	wouldPlain, wouldArea total
+	noBaseline            int64
 }
 
-// row is one roll-up: the pulls of one day, image, tenant and node.
+// row is one roll-up: the pulls of one day, image, tenant and node; or a folded sum.
 type row struct {
 	sums
 	sketch []byte // of the durations in seconds of pulls that were no error
 }
 
-// fields are a row's sums with their field numbers, which are never used again for something else.
-func (s *sums) fields() []struct {
-	number protowire.Number
-	total  *total
-} {
-	return []struct {
-		number protowire.Number
-		total  *total
-	}{
-		{2, &s.registry}, {3, &s.peer}, {4, &s.cache}, {5, &s.duration}, {7, &s.billedPlain}, {8, &s.billedArea},
-		{10, &s.saversMemory}, {11, &s.saverBytesPlain}, {12, &s.saverBytesArea}, {13, &s.saverBilledPlain}, {14, &s.saverBilledArea},
+// totalFields are the field numbers of a row's totals, which are never used again for something else.
+var totalFields = [...]protowire.Number{2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 14, 16, 17}
+
+// total is the one with a field number; nil: there is none.
+func (s *sums) total(field protowire.Number) *total {
+	switch field {
+	case 2:
+		return &s.registry
+	case 3:
+		return &s.peer
+	case 4:
+		return &s.cache
+	case 5:
+		return &s.duration
+	case 7:
+		return &s.billedPlain
+	case 8:
+		return &s.billedArea
+	case 10:
+		return &s.saversMemory
+	case 11:
+		return &s.saverBytesPlain
+	case 12:
+		return &s.saverBytesArea
+	case 13:
+		return &s.saverBilledPlain
+	case 14:
+		return &s.saverBilledArea
+	case 16:
+		return &s.wouldPlain
+	case 17:
+		return &s.wouldArea
 	}
+	return nil
 }
 
 const (
@@ -65,6 +93,7 @@ const (
 	fieldSketch  = 6
 	fieldPlain   = 9
 	fieldSavers  = 15
+	fieldNoBase  = 18
 	placesOfMode = 16 // a place is outcome * 16 + mode
 )
 
@@ -105,12 +134,12 @@ func (s *sums) merge(o *sums) {
 			s.counts[i][j] += o.counts[i][j]
 		}
 	}
-	from := o.fields()
-	for i, f := range s.fields() {
-		f.total.add(*from[i].total)
+	for _, f := range totalFields {
+		s.total(f).add(*o.total(f))
 	}
 	s.saversPlain += o.saversPlain
 	s.savers += o.savers
+	s.noBaseline += o.noBaseline
 }
 
 func (r *row) add(p *accel.Pull, b Billing) (err error) {
@@ -130,18 +159,18 @@ func (r *row) encode() []byte {
 			}
 		}
 	}
-	for _, f := range r.fields() {
-		w.bytes(f.number, f.total.encode())
+	for _, f := range totalFields {
+		w.bytes(f, r.total(f).encode())
 	}
 	w.bytes(fieldSketch, r.sketch)
 	w.number(fieldPlain, uint64(r.saversPlain))
 	w.number(fieldSavers, uint64(r.savers))
+	w.number(fieldNoBase, uint64(r.noBaseline))
 	return w
 }
 
 // decodeRow reads a row; its sketch is b's and holds as long.
 func decodeRow(b []byte) (r row, err error) {
-	fields := r.fields()
 	err = read(b, func(field protowire.Number, raw []byte, n uint64) error {
 		switch field {
 		case fieldCount:
@@ -154,12 +183,12 @@ func decodeRow(b []byte) (r row, err error) {
 			r.saversPlain = int64(n)
 		case fieldSavers:
 			r.savers = int64(n)
+		case fieldNoBase:
+			r.noBaseline = int64(n)
 		default:
-			for _, f := range fields {
-				if f.number == field {
-					*f.total, err = decodeTotal(raw)
-					return err
-				}
+			if t := r.total(field); t != nil {
+				*t, err = decodeTotal(raw)
+				return err
 			}
 		}
 		return nil

@@ -12,15 +12,24 @@ import (
 // roll-ups unreadable, so it takes a new format of the file.
 const sketchAccuracy = 0.01
 
+// maxBins bounds the memory that a sum takes even where its file is damaged: what Validate lets through falls
+// into below 3,500 bins.
+const maxBins = 4096
+
 // sketch is a DDSketch: percentiles of many values in few bytes, that add up.
 type sketch struct{ s *ddsketch.DDSketch }
 
+// newSketch makes one for sums of many.
 func newSketch() (sketch, error) {
+	return sketchIn(store.NewCollapsingLowestDenseStore(maxBins))
+}
+
+func sketchIn(s store.Store) (sketch, error) {
 	m, err := mapping.NewLogarithmicMapping(sketchAccuracy)
 	if err != nil {
 		return sketch{}, fmt.Errorf("percentiles: %w", err)
 	}
-	return sketch{ddsketch.NewDDSketch(m, store.NewSparseStore(), store.NewSparseStore())}, nil
+	return sketch{ddsketch.NewDDSketch(m, s, store.NewSparseStore())}, nil // no value is below 0
 }
 
 func (s sketch) add(value float64) error {
@@ -61,7 +70,7 @@ func (s sketch) quantile(q float64) (float64, bool) {
 
 // sketchOf is encoded with one more value.
 func sketchOf(encoded []byte, value float64) ([]byte, error) {
-	s, err := newSketch()
+	s, err := sketchIn(store.NewSparseStore())
 	if err != nil {
 		return nil, err
 	}

@@ -54,7 +54,7 @@ func OpenSpool(path string, o SpoolOptions) (*Spool, error) {
 	}
 	s := &Spool{o: o, changed: make(chan struct{}, 1)}
 	var err error
-	s.file, err = openFile(path, spoolFormat, [][]byte{bucketPulls}, s.check)
+	s.file, err = openFile(path, schema{spoolFormat, "", [][]byte{bucketPulls}}, s.check)
 	if errors.Is(err, ErrDamaged) {
 		aside := path + ".damaged"
 		o.Log.Error("the spool of pulls is set aside; what waited in it is not reported", "file", path, "aside", aside, "error", err)
@@ -62,7 +62,7 @@ func OpenSpool(path string, o SpoolOptions) (*Spool, error) {
 			return nil, fmt.Errorf("set the damaged spool aside: %w", err)
 		}
 		s.length.Store(0)
-		s.file, err = openFile(path, spoolFormat, [][]byte{bucketPulls}, s.check)
+		s.file, err = openFile(path, schema{spoolFormat, "", [][]byte{bucketPulls}}, s.check)
 	}
 	if err != nil {
 		return nil, err

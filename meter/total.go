@@ -25,6 +25,19 @@ func (t *total) addProduct(a, b int64) {
 	t.add(total{hi, lo})
 }
 
+// times is t n times, n at least 0.
+func (t total) times(n int64) total {
+	hi, lo := bits.Mul64(t.lo, uint64(n))
+	return total{hi + t.hi*uint64(n), lo}
+}
+
+// totalOf is f without its fraction; f is at least 0, and cut at 2^127.
+func totalOf(f float64) total {
+	f = min(f, 1<<127)
+	hi := math.Floor(f / (1 << 64))
+	return total{uint64(hi), uint64(f - hi*(1<<64))}
+}
+
 func (t total) float() float64 { return float64(t.hi)*(1<<64) + float64(t.lo) }
 
 // number is t, or the largest int64 where it is more than that.

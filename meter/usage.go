@@ -7,7 +7,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"time"
 
@@ -25,6 +24,11 @@ const (
 )
 
 // Query asks for usage. Days are UTC's, and a pull belongs to the day on which it started.
+//
+// Of folded days (see LedgerOptions.KeepDetail) there are sums by image, by tenant and by node, but not by node
+// and another of them together; those by image and tenant together are of whole months. Where a query asks for
+// what there is not, a From that is zero is the first day for which there is, and any other is an error.
+// Percentiles of folded days are those of their months, but for those of all pulls.
 type Query struct {
 	By string // a By constant
 	// Only these; empty: all. Image may be a repository, "host/path".
@@ -76,7 +80,7 @@ func (l *Ledger) Usage(ctx context.Context, q Query) (Usage, error) {
 	}
 	var u Usage
 	err := l.file.view(func(bt *bbolt.Tx) (err error) {
-		a := &account{Ledger: l, ctx: ctx, bt: bt, q: q, groups: map[string]*group{}, images: map[uint32]string{}}
+		a := &account{Ledger: l, ctx: ctx, bt: bt, q: q, groups: map[string]*group{}, texts: map[uint32]string{}}
 		u, err = a.usage()
 		return err
 	})
@@ -89,27 +93,33 @@ type account struct {
 	ctx      context.Context
 	bt       *bbolt.Tx
 	q        Query
-	from, to []byte // keys of days, [from, to)
+	from, to int // days, [from, to)
+	folded   int // days before this one are folded
 	groups   map[string]*group
-	images   map[uint32]string // texts that were looked up
+	total    *group
+	texts    map[uint32]string // that were looked up
 }
 
-// group is a line on its way. What was saved depends on the image's baseline, so the
-// savers' sums are kept for each image.
+// group is a line on its way. What was saved depends on the image's baseline, so the savers' sums are kept
+// for each image; those of folded days are settled.
 type group struct {
 	sums
-	sketch sketch
-	images map[uint32]*sums
+	sketch  sketch
+	images  map[uint32]*sums // of savers of days that are not folded
+	settled sums             // of folded days
 }
 
 func newGroup() (*group, error) {
 	s, err := newSketch()
-	return &group{sketch: s, images: map[uint32]*sums{}}, err
+	return &group{sketch: s}, err
 }
 
 func (g *group) add(image uint32, r *row) error {
 	g.merge(&r.sums)
 	if r.savers > 0 {
+		if g.images == nil {
+			g.images = map[uint32]*sums{}
+		}
 		if g.images[image] == nil {
 			g.images[image] = &sums{}
 		}
@@ -118,31 +128,21 @@ func (g *group) add(image uint32, r *row) error {
 	return g.sketch.merge(r.sketch)
 }
 
-func (a *account) usage() (Usage, error) {
-	if !a.bound() {
-		return Usage{Lines: []UsageLine{}}, nil
+func (a *account) usage() (u Usage, err error) {
+	if any, err := a.bound(); err != nil || !any {
+		return Usage{Lines: []UsageLine{}}, err
 	}
-	total, err := newGroup()
+	if a.total, err = newGroup(); err != nil {
+		return u, err
+	}
+	if err := errors.Join(a.foldedDays(), a.rows()); err != nil {
+		return u, err
+	}
+	base, err := a.baselinesOf(a.bt, max(a.from, a.folded)-BaselineDays, a.to)
 	if err != nil {
-		return Usage{}, err
+		return u, err
 	}
-	if err := a.rows(func(text string, image uint32, r *row) error {
-		g := a.groups[text]
-		if g == nil {
-			if g, err = newGroup(); err != nil {
-				return err
-			}
-			a.groups[text] = g
-		}
-		return errors.Join(g.add(image, r), total.add(image, r))
-	}); err != nil {
-		return Usage{}, err
-	}
-	base, err := a.baselines()
-	if err != nil {
-		return Usage{}, err
-	}
-	u := Usage{From: dayTimeOf(int(binary.BigEndian.Uint32(a.from))), To: dayTimeOf(int(binary.BigEndian.Uint32(a.to))), Lines: make([]UsageLine, 0, len(a.groups)), Total: a.line("", total, base)}
+	u = Usage{From: dayTimeOf(a.from), To: dayTimeOf(a.to), Lines: make([]UsageLine, 0, len(a.groups)), Total: a.line("", a.total, base)}
 	for text, g := range a.groups {
 		u.Lines = append(u.Lines, a.line(text, g, base))
 	}
@@ -160,112 +160,107 @@ func (a *account) usage() (Usage, error) {
 }
 
 // bound finds the days that are looked at; false where there are none.
-func (a *account) bound() bool {
+func (a *account) bound() (any bool, err error) {
 	c := a.bt.Bucket(bucketDays).Cursor()
-	first, _ := c.First()
-	last, _ := c.Last()
-	if first == nil {
-		return false
+	k, _ := c.First()
+	if k == nil {
+		return false, nil
 	}
-	from, to := int(binary.BigEndian.Uint32(first)), int(binary.BigEndian.Uint32(last))+1
+	first := int(binary.BigEndian.Uint32(k))
+	k, _ = c.Last()
+	a.from, a.to, a.folded = first, int(binary.BigEndian.Uint32(k))+1, foldedBefore(a.bt)
 	if !a.q.From.IsZero() {
-		from = max(0, dayOf(a.q.From))
+		a.from = max(0, dayOf(a.q.From))
 	}
 	if !a.q.To.IsZero() {
-		to = max(0, dayOf(a.q.To.Add(dayTime-1)))
+		a.to = max(0, dayOf(a.q.To.Add(dayTime-1)))
 	}
-	a.from, a.to = dayKey(from), dayKey(to)
-	return from < to
+	if err := a.answerable(first); err != nil {
+		return false, err
+	}
+	return a.from < a.to, nil
 }
 
-// rows calls each for every roll-up of the days that is asked for, with the text that it is added up by.
-func (a *account) rows(each func(text string, image uint32, r *row) error) error {
+// group finds or makes the line of a text.
+func (a *account) group(text string) (g *group, err error) {
+	if g = a.groups[text]; g == nil {
+		if g, err = newGroup(); err == nil {
+			a.groups[text] = g
+		}
+	}
+	return g, err
+}
+
+// rows adds the roll-ups of days that are not folded, or not wholly.
+func (a *account) rows() error {
 	c := a.bt.Bucket(bucketRollups).Cursor()
+	end := dayKey(a.to)
 	n := 0
-	for k, v := c.Seek(a.from); k != nil && bytes.Compare(k[:dayBytes], a.to) < 0; k, v = c.Next() {
+	for k, v := c.Seek(dayKey(a.from)); k != nil && bytes.Compare(k[:dayBytes], end) < 0; k, v = c.Next() {
 		if n++; n%1000 == 0 && a.ctx.Err() != nil {
 			return a.ctx.Err()
 		}
-		if len(k) != dayBytes+3*nameBytes {
-			return fmt.Errorf("%w: ledger %s: key %x of a roll-up", ErrDamaged, a.file.path, k)
+		of, err := namesOf(k)
+		if err != nil {
+			return fmt.Errorf("ledger %s: %w", a.file.path, err)
 		}
-		var names [3]uint32
-		for i := range names {
-			names[i] = binary.BigEndian.Uint32(k[dayBytes+i*nameBytes:])
-		}
-		image, tenant, node := names[0], names[1], names[2]
-		if a.q.Image != "" && !matchesImage(a.text(image), a.q.Image) || a.q.Tenant != "" && a.text(tenant) != a.q.Tenant || a.q.Node != "" && a.text(node) != a.q.Node {
+		if !a.wants(ofImage, of.image) || !a.wants(ofTenant, of.tenant) || !a.wants(ofNode, of.node) {
 			continue
 		}
 		var text string
 		switch a.q.By {
 		case ByImage:
-			text = a.text(image)
+			text = a.text(of.image)
 		case ByTenant:
-			text = a.text(tenant)
+			text = a.text(of.tenant)
 		case ByNode:
-			text = a.text(node)
+			text = a.text(of.node)
 		default:
-			text = dayTimeOf(int(binary.BigEndian.Uint32(k))).Format(time.DateOnly)
+			text = dayText(int(binary.BigEndian.Uint32(k)))
 		}
 		r, err := decodeRow(v)
 		if err != nil {
 			return fmt.Errorf("ledger %s: roll-up %x: %w", a.file.path, k, err)
 		}
-		if err := each(text, image, &r); err != nil {
+		g, err := a.group(text)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(g.add(of.image, &r), a.total.add(of.image, &r)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// wants reports whether the query selects what has a name.
+func (a *account) wants(k kind, name uint32) bool {
+	switch k {
+	case ofImage:
+		return a.q.Image == "" || matchesImage(a.text(name), a.q.Image)
+	case ofTenant:
+		return a.q.Tenant == "" || a.text(name) == a.q.Tenant
+	case ofNode:
+		return a.q.Node == "" || a.text(name) == a.q.Node
+	}
+	return true
+}
+
 func (a *account) text(name uint32) string {
 	if name == 0 {
 		return ""
 	}
-	t, ok := a.images[name]
+	t, ok := a.texts[name]
 	if !ok {
 		t = string(a.bt.Bucket(bucketTexts).Get(binary.BigEndian.AppendUint32(nil, name)))
-		a.images[name] = t
+		a.texts[name] = t
 	}
 	return t
 }
 
-// baselines are what downloads took without accel.
-type baselines struct {
-	seconds    map[uint32]sketch // by image
-	throughput sketch            // bytes per second
-}
+func dayText(day int) string { return dayTimeOf(day).Format(time.DateOnly) }
 
-func (a *account) baselines() (b baselines, err error) {
-	b.seconds = map[uint32]sketch{}
-	if b.throughput, err = newSketch(); err != nil {
-		return b, err
-	}
-	from := dayKey(int(binary.BigEndian.Uint32(a.from)) - BaselineDays)
-	c := a.bt.Bucket(bucketBaseline).Cursor()
-	for k, v := c.Seek(from); k != nil && bytes.Compare(k[:dayBytes], a.to) < 0; k, v = c.Next() {
-		if len(k) != dayBytes+nameBytes {
-			return b, fmt.Errorf("%w: ledger %s: key %x of a baseline", ErrDamaged, a.file.path, k)
-		}
-		s := b.throughput
-		if image := binary.BigEndian.Uint32(k[dayBytes:]); image != 0 {
-			var ok bool
-			if s, ok = b.seconds[image]; !ok {
-				if s, err = newSketch(); err != nil {
-					return b, err
-				}
-				b.seconds[image] = s
-			}
-		}
-		if err := s.merge(v); err != nil {
-			return b, err
-		}
-	}
-	return b, nil
-}
-
-func (a *account) line(text string, g *group, base baselines) UsageLine {
+func (a *account) line(text string, g *group, base *baselines) UsageLine {
 	l := UsageLine{
 		Key: text, RegistryBytes: g.registry.number(), PeerBytes: g.peer.number(), CacheBytes: g.cache.number(),
 		Seconds: g.duration.float() / 1e9,
@@ -288,31 +283,15 @@ func (a *account) line(text string, g *group, base baselines) UsageLine {
 	l.P99, _ = g.sketch.quantile(0.99)
 	memory := float64(a.q.MemoryBytes)
 	l.GBSecondsBilled = (g.billedArea.float() + g.billedPlain.float()*memory) / gbSecond
-	// In the order of images, so that the sum of floats is always the same.
-	for _, image := range slices.Sorted(maps.Keys(g.images)) {
-		s := g.images[image]
-		nanos, known := a.wouldCost(s, image, base, memory)
-		if !known {
-			l.NoBaseline += s.savers
-			continue
-		}
-		l.GBSecondsSaved += (nanos - s.saverBilledArea.float() - s.saverBilledPlain.float()*memory) / gbSecond
+	saved := g.settled
+	for image, s := range g.images {
+		known := *s
+		known.settle(base.of(image))
+		saved.merge(&known)
 	}
+	l.NoBaseline = saved.noBaseline
+	l.GBSecondsSaved = (saved.wouldArea.float() - saved.saverBilledArea.float() + (saved.wouldPlain.float()-saved.saverBilledPlain.float())*memory) / gbSecond
 	return l
-}
-
-// wouldCost estimates what savers of an image would have been billed for without accel, in bytes times nanoseconds.
-func (a *account) wouldCost(s *sums, image uint32, base baselines, memory float64) (area float64, known bool) {
-	if sk, ok := base.seconds[image]; ok {
-		if median, ok := sk.quantile(0.5); ok {
-			each := float64(a.o.Billing.priced(time.Duration(median * 1e9)))
-			return each * (s.saversMemory.float() + float64(s.saversPlain)*memory), true
-		}
-	}
-	if speed, ok := base.throughput.quantile(0.5); ok && speed > 0 {
-		return (s.saverBytesArea.float() + s.saverBytesPlain.float()*memory) / speed * 1e9, true
-	}
-	return 0, false
 }
 
 func ratio(part, all float64) float64 {

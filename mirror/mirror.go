@@ -26,8 +26,9 @@
 //
 // # What is fresh
 //
-// A digest is never looked at again. A tag is, after TagTTL. While its registry cannot be reached, the last
-// digest of a tag is served, with a Warning header. Lists of tags and referrers are always the registry's.
+// A digest is never looked at again. A tag is, after TagTTL, and so is a list of referrers. While the registry
+// cannot be reached, the last digest and list are served, with a Warning header. Lists of tags are always the
+// registry's.
 package mirror
 
 import (

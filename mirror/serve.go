@@ -12,9 +12,7 @@ import (
 	"accel"
 	"accel/registry"
 
-	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // exchange is one request on its way to its answer.
@@ -162,11 +160,17 @@ func (x *exchange) content(d digest.Digest, mediaType string, note error) {
 	h.Set("Content-Type", mediaType)
 	// Whatever a manifest claims to be, a browser is not to make a page of it.
 	h.Set("X-Content-Type-Options", "nosniff")
-	if note != nil {
-		h.Set("Warning", x.warning(note))
-		x.note("served without asking the registry: " + note.Error())
-		x.m.metrics.stale.Inc()
+	x.warn(note)
+}
+
+// warn says that an answer is an older one, where note is why upstream could not be asked.
+func (x *exchange) warn(note error) {
+	if note == nil {
+		return
 	}
+	x.w.Header().Set("Warning", x.warning(note))
+	x.note("served without asking the registry: " + note.Error())
+	x.m.metrics.stale.Inc()
 }
 
 // unchanged answers 304 where the client has it already (RFC 9110 section 13.1.2).
@@ -221,18 +225,15 @@ func (x *exchange) tags() error {
 
 func (x *exchange) referrers() error {
 	artifactType := x.r.URL.Query().Get("artifactType")
-	var found []v1.Descriptor
-	err := x.ask(x.r.Context(), false, func(ctx context.Context) (err error) {
-		found, err = x.source.Referrers(ctx, x.q.digest, artifactType)
-		return err
-	})
+	list, err := x.referrersOf(x.r.Context(), x.q.digest, artifactType)
 	if err != nil {
 		return err
 	}
 	if artifactType != "" {
 		x.w.Header().Set("OCI-Filters-Applied", "artifactType")
 	}
-	return x.json(ocispec.MediaTypeImageIndex, map[string]any{"schemaVersion": 2, "mediaType": ocispec.MediaTypeImageIndex, "manifests": found})
+	x.warn(list.note)
+	return x.message(list.MediaType, list.Raw)
 }
 
 func (x *exchange) json(mediaType string, body any) error {
@@ -240,6 +241,10 @@ func (x *exchange) json(mediaType string, body any) error {
 	if err != nil {
 		return err
 	}
+	return x.message(mediaType, raw)
+}
+
+func (x *exchange) message(mediaType string, raw []byte) (err error) {
 	x.w.Header().Set("Content-Type", mediaType)
 	x.start(http.StatusOK, int64(len(raw)))
 	if x.r.Method == http.MethodGet {

@@ -126,7 +126,8 @@ type fleetConfig struct {
 
 type pullsConfig struct {
 	Keep         time.Duration `yaml:"keep" doc:"how long single pulls are kept; what nodes report later than that is not counted"`
-	KeepSums     time.Duration `yaml:"keep_sums" doc:"how long the sums of days, of which usage is made, are kept; at least keep"`
+	KeepDetail   time.Duration `yaml:"keep_detail" doc:"how long usage can be asked for by image, tenant and node together; older days are folded into sums by one of them (see docs/usage.md)"`
+	KeepSums     time.Duration `yaml:"keep_sums" doc:"how long the sums of days, of which usage is made, are kept, in whole months; at least keep"`
 	MaxKept      int           `yaml:"max_kept" doc:"most single pulls, about 250 bytes each; the oldest make room, and their sums stay"`
 	MaxDailySums int           `yaml:"max_daily_sums" doc:"most sums of one day (one for each image, tenant and node); what comes above is counted as other images"`
 }
@@ -149,7 +150,7 @@ func defaultConfig() config {
 		Reconcile:     reconcileConfig{Interval: 5 * time.Minute},
 		SourceDeleted: "keep",
 		Fleet:         fleetConfig{2 * time.Minute, 24 * time.Hour, 24 * time.Hour, 7 * 24 * time.Hour, 15 * time.Minute, 10_000, 200_000, 500},
-		Pulls:         pullsConfig{30 * 24 * time.Hour, 400 * 24 * time.Hour, 2_000_000, 100_000},
+		Pulls:         pullsConfig{30 * 24 * time.Hour, 7 * 24 * time.Hour, 400 * 24 * time.Hour, 2_000_000, 100_000},
 		Billing:       billingConfig{Free: []string{string(accel.OutcomeHit)}},
 	}
 }
@@ -194,6 +195,7 @@ func (c *config) finish() error {
 	}
 	errs = append(errs, fleet.CheckRules(c.Warm))
 	check(c.Pulls.Keep > 0, "pulls.keep %s: must be positive", c.Pulls.Keep)
+	check(c.Pulls.KeepDetail > 0, "pulls.keep_detail %s: must be positive", c.Pulls.KeepDetail)
 	check(c.Pulls.KeepSums >= c.Pulls.Keep, "pulls.keep_sums %s is shorter than pulls.keep %s", c.Pulls.KeepSums, c.Pulls.Keep)
 	check(c.Pulls.MaxKept >= 1, "pulls.max_kept %d: want at least 1", c.Pulls.MaxKept)
 	check(c.Pulls.MaxDailySums >= 1, "pulls.max_daily_sums %d: want at least 1", c.Pulls.MaxDailySums)
@@ -236,7 +238,7 @@ func (c *config) billing() meter.Billing {
 
 func (c *config) ledgerOptions(metrics prometheus.Registerer, log *slog.Logger) meter.LedgerOptions {
 	return meter.LedgerOptions{
-		KeepPulls: c.Pulls.Keep, KeepRollups: c.Pulls.KeepSums, MaxPulls: c.Pulls.MaxKept, MaxDayRows: c.Pulls.MaxDailySums,
+		KeepPulls: c.Pulls.Keep, KeepDetail: c.Pulls.KeepDetail, KeepRollups: c.Pulls.KeepSums, MaxPulls: c.Pulls.MaxKept, MaxDayRows: c.Pulls.MaxDailySums,
 		Billing: c.billing(), Registerer: metrics, Log: log,
 	}
 }

@@ -102,7 +102,7 @@ func TestPullsAndUsageArguments(t *testing.T) {
 		}
 	}
 	for text, says := range map[string]string{
-		"pulls: {keep: 0s}": "pulls.keep", "pulls: {keep_sums: 1h}": "pulls.keep_sums", "pulls: {max_kept: 0}": "pulls.max_kept", "pulls: {max_daily_sums: -1}": "pulls.max_daily_sums",
+		"pulls: {keep: 0s}": "pulls.keep", "pulls: {keep_detail: 0s}": "pulls.keep_detail", "pulls: {keep_sums: 1h}": "pulls.keep_sums", "pulls: {max_kept: 0}": "pulls.max_kept", "pulls: {max_daily_sums: -1}": "pulls.max_daily_sums",
 		"billing: {free: [love]}": "love", "billing: {round_up: -1s}": "billing", "billing: {free: [], minimum: 100ms, round_up: 1ms}": "",
 	} {
 		code, _, said := accelRun(t, "serve", "--check-config", "--config", configFile(t, "registries: [{host: r.test}]\n"+text+"\n"))

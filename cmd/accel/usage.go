@@ -20,8 +20,8 @@ func newUsage(g *globals) *cobra.Command {
 		Long: `Adds up the pulls of whole days (UTC) by image, tenant, node or day: hits (nothing from
 the registry), percentiles of their durations, and GB-seconds billed (duration times
 memory, a full hit is free) and saved (an estimate against downloads without accel). What
-the figures mean exactly, and what can be configured, says docs/usage.md. --output csv
-too.`,
+the figures mean exactly, what can be configured, and what can be asked of days that are
+older than pulls.keep_detail, says docs/usage.md. --output csv too.`,
 		Example: "  accel usage\n  accel usage --by tenant --from 2026-01-01 --to 2026-02-01 -o csv\n  accel usage --by day --image registry.example/team/app --memory 512MiB",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var err error
@@ -51,7 +51,7 @@ too.`,
 	f := cmd.Flags()
 	f.StringVar(&o.By, "by", "image", "what is added up: image, tenant, node or day")
 	f.StringVar(&memory, "memory", "1GiB", "memory of pulls for which the platform passed none")
-	f.StringVar(&from, "from", "", "first day; default: the first that is kept")
+	f.StringVar(&from, "from", "", "first day; default: the first that is kept, and can be told")
 	f.StringVar(&to, "to", "", "day after the last; default: after the newest")
 	f.StringVar(&o.Image, "image", "", "only of this image, or of this repository (host/path)")
 	f.StringVar(&o.Tenant, "tenant", "", "only of this tenant")

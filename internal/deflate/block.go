@@ -60,7 +60,7 @@ func (z *Reader) round() (ended bool, err error) {
 	in, out := &z.in, &z.out
 	pos, wpos, start := z.pos, z.wpos, z.start
 	buf, nb := z.bits, z.nb
-	found, matched := z.found, z.matched
+	matches, found, matched := z.matches, z.found, z.matched
 	lastIn, lastOut := z.end-16, windowBytes+outBytes
 	if z.eof {
 		lastIn = z.end + 8
@@ -148,16 +148,18 @@ func (z *Reader) round() (ended bool, err error) {
 			err = malformed("a match reaches back before the start")
 			break
 		}
-		literals := wpos - matched
-		if literals > maxLiterals {
-			z.matches[found] = flagAlone | Match(literals)
-			found++
-			literals = 0
-		}
-		z.matches[found] = copied(literals, length, dist)
-		found++
 		to := wpos + length
-		matched = to
+		if matches != nil {
+			literals := wpos - matched
+			if literals > maxLiterals {
+				matches[found] = flagAlone | Match(literals)
+				found++
+				literals = 0
+			}
+			matches[found] = copied(literals, length, dist)
+			found++
+			matched = to
+		}
 		if dist >= 8 {
 			// Eight bytes at a time; what is written too much is written over again.
 			for {

@@ -54,9 +54,9 @@ type Reader struct {
 	rpos   int // where the next one is given away
 	summed int // to here the checksum goes
 
-	matches [maxMatches]Match // of the output from rpos's piece on
-	found   int               // how many
-	matched int               // to here they go
+	matches []Match // of the output since the last Next, which makes room for maxMatches; nil without it
+	found   int     // how many
+	matched int     // to here they go
 
 	crc   uint32
 	size  uint32
@@ -111,6 +111,9 @@ const MaxPieceBytes = outBytes + slackBytes
 // of, both valid until the next call. It and Read do not mix. There are no matches
 // where the file says that it was compressed in a hurry, and others can be found.
 func (z *Reader) Next() ([]byte, []Match, error) {
+	if z.matches == nil {
+		z.matches = make([]Match, maxMatches)
+	}
 	if err := z.more(); err != nil {
 		return nil, nil, err
 	}
@@ -156,6 +159,9 @@ func (z *Reader) literals() {
 
 // note adds a match that ends where the output does.
 func (z *Reader) note(m Match) {
+	if z.matches == nil {
+		return
+	}
 	z.matches[z.found] = m
 	z.found++
 	z.matched = z.wpos

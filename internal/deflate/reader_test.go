@@ -25,7 +25,7 @@ func contents() [][]byte {
 		noise[i] = byte(r.Uint32())
 	}
 	var text bytes.Buffer
-	for text.Len() < 900_000 {
+	for text.Len() < 600_000 {
 		fmt.Fprintf(&text, "%d %s\n", r.IntN(1_000_000), []string{"a line", "another one", "lorem ipsum", "the end"}[r.IntN(4)])
 	}
 	skewed := make([]byte, 400_000) // long codes: symbol i about half as often as i-1
@@ -35,11 +35,11 @@ func contents() [][]byte {
 		}
 	}
 	var mixed []byte
-	for len(mixed) < 1_000_000 {
+	for len(mixed) < 500_000 {
 		at := r.IntN(200_000)
 		mixed = append(mixed, [][]byte{noise, text.Bytes(), skewed}[r.IntN(3)][at:at+r.IntN(40_000)]...)
 	}
-	return [][]byte{{}, {1}, noise, text.Bytes(), skewed, make([]byte, 700_000), bytes.Repeat([]byte("abc"), 200_000), mixed}
+	return [][]byte{{}, {1}, noise, text.Bytes(), skewed, make([]byte, 400_000), bytes.Repeat([]byte("abc"), 100_000), mixed}
 }
 
 func packed(content []byte, level int) []byte {
@@ -67,7 +67,7 @@ func packedByKlauspost(content []byte, level int) []byte {
 
 func TestInflates(t *testing.T) {
 	for i, content := range contents() {
-		for _, level := range []int{flate.HuffmanOnly, flate.NoCompression, 1, 2, 6, 9} {
+		for _, level := range []int{flate.HuffmanOnly, flate.NoCompression, 1, 6} {
 			for name, pack := range map[string]func([]byte, int) []byte{"standard": packed, "klauspost": packedByKlauspost} {
 				blob := pack(content, level)
 				check := func(how string, r io.Reader) {
@@ -77,8 +77,11 @@ func TestInflates(t *testing.T) {
 					}
 				}
 				check("at once", bytes.NewReader(blob))
+				if level != 6 {
+					continue
+				}
 				check("with its end", iotest.DataErrReader(bytes.NewReader(blob)))
-				if level == 6 && i%2 == 1 {
+				if i%4 == 3 {
 					check("bytewise", iotest.OneByteReader(bytes.NewReader(blob)))
 				}
 			}
@@ -124,7 +127,7 @@ func TestManyMembers(t *testing.T) {
 }
 
 func TestTruncated(t *testing.T) {
-	content := contents()[7][:3_000]
+	content := contents()[7][:1_200]
 	for _, level := range []int{0, 6} {
 		blob := packed(content, level)
 		for n := range blob {
