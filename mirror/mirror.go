@@ -62,7 +62,7 @@ type Options struct {
 	Begin func(client, repository string, d digest.Digest) (end func(*accel.Transfer))
 	// Default is the registry of repositories that name none; empty: they are refused.
 	Default string
-	// TagTTL is how long a tag is believed without looking upstream; default 1 min,
+	// TagTTL is how long a tag or a list of referrers is believed without looking upstream; default 1 min,
 	// negative: it is looked at every time.
 	TagTTL time.Duration
 	// GrantTTL is how long a client's access to a repository is believed without asking

@@ -61,7 +61,7 @@ type nodeCacheConfig struct {
 }
 
 type nodeMirrorConfig struct {
-	TagTTL     time.Duration `yaml:"tag_ttl" doc:"how long a tag is believed before the registry is asked again; 0: asked every time"`
+	TagTTL     time.Duration `yaml:"tag_ttl" doc:"how long a tag, or a list of referrers, is believed before the registry is asked again; 0: asked every time"`
 	GrantTTL   time.Duration `yaml:"grant_ttl" doc:"how long a client that the registry let in is let in here without asking; 0: asked every time"`
 	GrantGrace time.Duration `yaml:"grant_grace" doc:"how long that counts while the registry cannot be reached; 0: not at all"`
 	// Of the registry, not of clients.
