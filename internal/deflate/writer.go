@@ -14,6 +14,10 @@ const (
 	// leastReuse is what matches must be known for, behind the window that is
 	// compressed, to be worth blocks of their own.
 	leastReuse = 8 << 10
+	// leastCopied is the part of it, one in so many, that copies must make up. With
+	// fewer of them it is noise, which costs little to compress, or the source did not
+	// look for any.
+	leastCopied = 4
 	// blockSymbols is how many literals and matches share codes, as in zlib.
 	blockSymbols = 16 << 10
 )
@@ -47,7 +51,7 @@ func (w *Writer) Member(to *bytes.Buffer, data []byte, matches []Match) error {
 }
 
 func (w *Writer) deflate(to *bytes.Buffer, data []byte, matches []Match) error {
-	known := 0
+	known, copied := 0, 0
 	for _, m := range matches {
 		if m.raw() != 0 {
 			known = 0
@@ -55,8 +59,9 @@ func (w *Writer) deflate(to *bytes.Buffer, data []byte, matches []Match) error {
 		}
 		literals, length, _ := m.parts()
 		known += literals + length
+		copied += length
 	}
-	if known < windowBytes+leastReuse || known > len(data) {
+	if known < windowBytes+leastReuse || known > len(data) || copied < known/leastCopied {
 		return w.compress(to, data, true)
 	}
 	if err := w.compress(to, data[:windowBytes], false); err != nil {
