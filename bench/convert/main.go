@@ -170,7 +170,7 @@ func judge(results map[string][]outcome, giant outcome, sourceBytes int64) error
 	r.Add("rate of one core: inflate", rate(func(x rates) float64 { return x.InflateMBs }), "MB/s", "klauspost, this image, this run")
 	r.Add("rate of one core: deflate", rate(func(x rates) float64 { return x.DeflateMBs }), "MB/s", "klauspost, the shipped level and chunks")
 	r.Add("rate of one core: SHA-256", rate(func(x rates) float64 { return x.SHA256MBs }), "MB/s", "")
-	r.Add("limit by the formula", limit, "s", "max(biggest layer/inflate, total*(1/inflate+1/deflate+3/sha256)/cores) with these rates")
+	r.Add("limit by the formula", limit, "s", "max(biggest layer/inflate, total*(1/inflate+1/deflate+3/sha256)/cores) with these rates; reuse of the source's matches goes below it")
 	r.AtLeast("speed-up over stock default", of("stock", wall)/of("accel", wall), speedUp, "x", "medians")
 	r.Add("speed-up over stock with klauspost", of("stock-klauspost", wall)/of("accel", wall), "x", "medians")
 	r.Add("speed-up over gzip -d | gzip", of("gzip", wall)/of("accel", wall), "x", "medians")
