@@ -112,7 +112,7 @@ func New(o Options) (http.Handler, error) {
 	conf.DocsPath = ""     // our own page, without a script from elsewhere
 	conf.CreateHooks = nil // no $schema links in answers
 	conf.Components.SecuritySchemes = map[string]*huma.SecurityScheme{
-		"bearer": {Type: "http", Scheme: "bearer", Description: "A token of the service's configuration, with scope read or write."},
+		"bearer": {Type: "http", Scheme: "bearer", Description: "A token of the service's configuration, with scope read, write or node."},
 	}
 	routes := humago.New(mux, conf)
 	routes.UseMiddleware(s.authorize(routes))

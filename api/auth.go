@@ -6,6 +6,8 @@ import (
 	"encoding/hex"
 	"fmt"
 	"net/http"
+	"path"
+	"slices"
 	"strings"
 
 	"accel"
@@ -19,14 +21,19 @@ type Scope string
 const (
 	// ScopeRead: ask, list, wait.
 	ScopeRead Scope = "read"
-	// ScopeWrite: submit, retry and delete too.
+	// ScopeWrite: submit, retry and delete too. Not: speak for a node.
 	ScopeWrite Scope = "write"
+	// ScopeNode: speak for the nodes of Token.Nodes, and ask what is said of them; nothing else.
+	ScopeNode Scope = "node"
 )
 
 // Token is a bearer token that is accepted. Only its hash is kept.
 type Token struct {
-	Name   string // for the log and error messages
-	Scope  Scope
+	Name  string // for the log and error messages
+	Scope Scope
+	// Nodes are patterns (path.Match) of the names of nodes that the token speaks for; at least one
+	// with ScopeNode, none with others.
+	Nodes  []string
 	SHA256 string // of the token, in hex
 }
 
@@ -38,8 +45,22 @@ func HashToken(text string) string {
 
 // Validate says what is wrong with t.
 func (t Token) Validate() error {
-	if t.Scope != ScopeRead && t.Scope != ScopeWrite {
-		return fmt.Errorf("%w: token %q: scope %q: want read or write", accel.ErrInvalid, t.Name, t.Scope)
+	switch t.Scope {
+	case ScopeRead, ScopeWrite:
+		if len(t.Nodes) > 0 {
+			return fmt.Errorf("%w: token %q: nodes go with scope node, not %s", accel.ErrInvalid, t.Name, t.Scope)
+		}
+	case ScopeNode:
+		if len(t.Nodes) == 0 {
+			return fmt.Errorf("%w: token %q: scope node needs nodes: the names that it speaks for, such as [worker-1] or [worker-*]", accel.ErrInvalid, t.Name)
+		}
+	default:
+		return fmt.Errorf("%w: token %q: scope %q: want read, write or node", accel.ErrInvalid, t.Name, t.Scope)
+	}
+	for _, pattern := range t.Nodes {
+		if _, err := path.Match(pattern, ""); err != nil || pattern == "" {
+			return fmt.Errorf("%w: token %q: nodes: %q is no pattern of names; want such as worker-1 or worker-*", accel.ErrInvalid, t.Name, pattern)
+		}
 	}
 	if raw, err := hex.DecodeString(t.SHA256); err != nil || len(raw) != sha256.Size {
 		return fmt.Errorf("%w: token %q: sha256 must be the 64 hex digits of the token's hash", accel.ErrInvalid, t.Name)
@@ -47,9 +68,22 @@ func (t Token) Validate() error {
 	return nil
 }
 
-// secured marks an operation as one that asks for a token of the scope.
-func secured(scope Scope) []map[string][]string {
-	return []map[string][]string{{"bearer": {string(scope)}}}
+// covers reports whether the token speaks for a node.
+func (t Token) covers(node string) bool {
+	return slices.ContainsFunc(t.Nodes, func(pattern string) bool {
+		ok, err := path.Match(pattern, node)
+		return ok && err == nil
+	})
+}
+
+// secured marks an operation as one that asks for a token of one of the scopes; ScopeWrite does
+// where ScopeRead does.
+func secured(scopes ...Scope) []map[string][]string {
+	all := make([]map[string][]string, 0, len(scopes))
+	for _, s := range scopes {
+		all = append(all, map[string][]string{"bearer": {string(s)}})
+	}
+	return all
 }
 
 // authorize refuses requests to secured operations that lack a good token.
@@ -59,8 +93,7 @@ func (s *server) authorize(routes huma.API) func(huma.Context, func(huma.Context
 			next(ctx)
 			return
 		}
-		wanted := Scope(ctx.Operation().Security[0]["bearer"][0])
-		if err := s.permit(ctx.Header("Authorization"), wanted); err != nil {
+		if err := s.permit(ctx.Header("Authorization"), ctx.Operation().Security); err != nil {
 			p := s.problem(err)
 			if p.GetStatus() == http.StatusUnauthorized {
 				ctx.SetHeader("WWW-Authenticate", `Bearer realm="accel"`)
@@ -76,12 +109,32 @@ func (s *server) authorize(routes huma.API) func(huma.Context, func(huma.Context
 	}
 }
 
-// permit compares every token in constant time, so that an answer's time tells
+func (s *server) permit(authorization string, security []map[string][]string) error {
+	t, err := s.token(authorization)
+	if err != nil {
+		return err
+	}
+	wanted := make([]string, 0, len(security))
+	for _, one := range security {
+		scope := Scope(one["bearer"][0])
+		if t.Scope == scope || t.Scope == ScopeWrite && scope == ScopeRead {
+			return nil
+		}
+		wanted = append(wanted, string(scope))
+	}
+	what := strings.Join(wanted, " or ")
+	if what == string(ScopeNode) {
+		what += ", the scope of tokens that speak for nodes"
+	}
+	return fmt.Errorf("%w: token %q has scope %s, this asks for %s", accel.ErrForbidden, t.Name, t.Scope, what)
+}
+
+// token compares every token in constant time, so that an answer's time tells
 // nothing.
-func (s *server) permit(authorization string, wanted Scope) error {
+func (s *server) token(authorization string) (*Token, error) {
 	scheme, text, _ := strings.Cut(authorization, " ")
 	if !strings.EqualFold(scheme, "Bearer") || text == "" {
-		return fmt.Errorf("%w: send Authorization: Bearer TOKEN", accel.ErrUnauthenticated)
+		return nil, fmt.Errorf("%w: send Authorization: Bearer TOKEN", accel.ErrUnauthenticated)
 	}
 	given := []byte(HashToken(strings.TrimSpace(text)))
 	var found *Token
@@ -90,11 +143,33 @@ func (s *server) permit(authorization string, wanted Scope) error {
 			found = &s.Tokens[i]
 		}
 	}
+	if found == nil {
+		return nil, fmt.Errorf("%w: the token is not known", accel.ErrUnauthenticated)
+	}
+	return found, nil
+}
+
+// credential is the request's, for operations whose answer depends on it.
+type credential struct {
+	Authorization string `header:"Authorization" hidden:"true"`
+}
+
+// speaks refuses a token of ScopeNode that is not the node's; what other scopes may do is
+// settled by then.
+func (s *server) speaks(c credential, node string) error {
+	if s.Open {
+		return nil
+	}
+	t, err := s.token(c.Authorization)
 	switch {
-	case found == nil:
-		return fmt.Errorf("%w: the token is not known", accel.ErrUnauthenticated)
-	case wanted == ScopeWrite && found.Scope != ScopeWrite:
-		return fmt.Errorf("%w: token %q has scope read, this asks for write", accel.ErrForbidden, found.Name)
+	case err != nil:
+		return err
+	case t.Scope != ScopeNode:
+		return nil
+	case node == "":
+		return fmt.Errorf("%w: say which node this is of", accel.ErrInvalid)
+	case !t.covers(node):
+		return fmt.Errorf("%w: token %q does not speak for node %.253q, only for %s", accel.ErrForbidden, t.Name, node, strings.Join(t.Nodes, ", "))
 	default:
 		return nil
 	}

@@ -63,6 +63,15 @@ type unreachableError struct{ error }
 
 func (e unreachableError) Unwrap() error { return e.error }
 
+// answerError is an answer that was no good, with what tells who gave it.
+type answerError struct {
+	error
+	status int
+	kind   string // the problem's type; empty where it is no problem document
+}
+
+func (e answerError) Unwrap() error { return e.error }
+
 func (c *Client) request(ctx context.Context, method, path string, query url.Values, body any) (*http.Request, error) {
 	u := c.base.JoinPath(path)
 	u.RawQuery = query.Encode()
@@ -103,7 +112,7 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 		return unreachableError{fmt.Errorf("read the answer of %s: %w", c.base, err)}
 	}
 	if res.StatusCode >= http.StatusBadRequest {
-		err := ProblemError(res.StatusCode, raw)
+		err := error(answerError{ProblemError(res.StatusCode, raw), res.StatusCode, problemKind(res.Header, raw)})
 		if res.StatusCode >= http.StatusInternalServerError {
 			return unreachableError{err}
 		}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -231,6 +232,86 @@ func TestFleetRoutesAskForScopes(t *testing.T) {
 	} {
 		if status, _, body := b.do(c.method, c.path, "{}", "Content-Type", "application/json", "Authorization", "Bearer "+c.token); status != c.status {
 			t.Errorf("%s %s by %q: %d %s, want %d", c.method, c.path, c.token, status, body, c.status)
+		}
+	}
+}
+
+// TestNodesSpeakForThemselves: what is told of a node is taken from a token that is bound to its name, and such
+// a token does nothing else.
+func TestNodesSpeakForThemselves(t *testing.T) {
+	token := func(name string, scope api.Scope, nodes ...string) api.Token {
+		return api.Token{Name: name, Scope: scope, Nodes: nodes, SHA256: api.HashToken(name)}
+	}
+	b := newBed(t, withFleet(t), withLedger(t), func(o *api.Options) {
+		o.Open = false
+		o.Tokens = []api.Token{token("writer", api.ScopeWrite), token("reader", api.ScopeRead), token("one", api.ScopeNode, "web-1"), token("web", api.ScopeNode, "web-*", "spare")}
+	})
+	as := func(name string) *api.Client {
+		c, err := api.NewClient(b.url, api.WithToken(name), api.WithHTTPClient(b.http))
+		must(t, err)
+		return c
+	}
+	for who, speaksFor := range map[string]string{"one": "web-1", "web": "web-1 web-2 spare", "writer": "", "reader": ""} {
+		c := as(who)
+		for _, name := range []string{"web-1", "web-2", "spare", "spare-2", "batch-1"} {
+			pull := measured(0, func(p *accel.Pull) { p.Node = name })
+			for what, err := range map[string]error{
+				"a heartbeat": c.Heartbeat(b.ctx, aNode(name)),
+				"pulls":       c.ReportPulls(b.ctx, []accel.Pull{measured(0, func(p *accel.Pull) { p.Node = strings.Split(speaksFor+" ", " ")[0] }), pull}),
+			} {
+				if slices.Contains(strings.Fields(speaksFor), name) {
+					must(t, err)
+				} else if !errors.Is(err, accel.ErrForbidden) || speaksFor != "" && !strings.Contains(err.Error(), "does not speak for node \""+name) {
+					t.Errorf("%s of %s by %s: %v", what, name, who, err)
+				}
+			}
+		}
+	}
+	nodes, err := as("reader").Nodes(b.ctx)
+	must(t, err)
+	if len(nodes) != 3 {
+		t.Errorf("nodes %+v", nodes)
+	}
+	warms, err := as("writer").Warm(b.ctx, host+"/app:v1", "web-1", "web-2")
+	must(t, err)
+	one := as("one")
+	next, err := one.NextWarms(b.ctx, "web-1", 0)
+	must(t, err)
+	if len(next) != 1 || next[0].Node != "web-1" {
+		t.Errorf("the node is given %+v", next)
+	}
+	_, err = one.Node(b.ctx, "web-1")
+	must(t, err)
+	_, errNext := one.NextWarms(b.ctx, "web-2", 0)
+	_, errNode := one.Node(b.ctx, "web-2")
+	_, errNodes := one.Nodes(b.ctx)
+	_, errWarm := one.Warm(b.ctx, host+"/app:v2", "web-1")
+	_, errSubmit := one.Submit(b.ctx, host+"/app:v2")
+	for what, err := range map[string]error{"another's warms": errNext, "another node": errNode, "all nodes": errNodes, "a wish": errWarm, "an image": errSubmit} {
+		if !errors.Is(err, accel.ErrForbidden) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	for _, w := range warms {
+		w.State = accel.WarmFetching
+		if err := one.ReportWarm(b.ctx, w); (w.Node == "web-1") != (err == nil) || err != nil && !errors.Is(err, accel.ErrForbidden) {
+			t.Errorf("the warm of %s: %v", w.Node, err)
+		}
+		w.Node = "web-1" // a lie for the other
+		if err := one.ReportWarm(b.ctx, w); w.ID != warms[0].ID && !errors.Is(err, accel.ErrInvalid) {
+			t.Errorf("a warm of another, said to be its own: %v", err)
+		}
+		w.Node = ""
+		if err := one.ReportWarm(b.ctx, w); !errors.Is(err, accel.ErrInvalid) {
+			t.Errorf("a warm of nobody: %v", err)
+		}
+	}
+	for name, bad := range map[string]api.Token{
+		"without nodes": token("x", api.ScopeNode), "empty": token("x", api.ScopeNode, ""), "no pattern": token("x", api.ScopeNode, "web-["),
+		"write with nodes": token("x", api.ScopeWrite, "*"), "odd scope": token("x", "admin"),
+	} {
+		if err := bad.Validate(); !errors.Is(err, accel.ErrInvalid) {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 }

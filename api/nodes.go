@@ -26,10 +26,12 @@ type NodeList struct {
 }
 
 type nodeInput struct {
+	credential
 	Name string `path:"name" doc:"name of a node" maxLength:"253"`
 }
 
 type heartbeatInput struct {
+	credential
 	Name string `path:"name" doc:"name of the node, as in the body" maxLength:"253"`
 	Body accel.Node
 }
@@ -43,6 +45,7 @@ type nodesOutput struct {
 }
 
 type nextInput struct {
+	credential
 	Name string `path:"name" doc:"name of a node" maxLength:"253"`
 	Wait string `query:"wait" doc:"how long to wait while there is nothing to fetch, at most 10m; default: not at all" maxLength:"20" example:"50s"`
 }
@@ -53,13 +56,16 @@ const maxHeartbeatBytes = 256 << 10
 func (s *server) nodeRoutes(routes huma.API) {
 	tags := []string{"Nodes"}
 	huma.Register(routes, huma.Operation{
-		OperationID: "report-node", Method: http.MethodPut, Path: "/v1/nodes/{name}", Tags: tags, Security: secured(ScopeWrite),
+		OperationID: "report-node", Method: http.MethodPut, Path: "/v1/nodes/{name}", Tags: tags, Security: secured(ScopeNode),
 		Summary:     "Tell that a node lives, and what it is",
-		Description: "A node's daemon sends this every 30 seconds. seenAt is the server's and does not count.",
+		Description: "A node's daemon sends this every 30 seconds, with a token of scope node that speaks for it. seenAt is the server's and does not count.",
 		// Nodes and server are upgraded one after the other: what one of them does not
 		// know is passed over. The fleet judges the rest.
 		SkipValidateBody: true, MaxBodyBytes: min(maxHeartbeatBytes, s.MaxBodyBytes), Errors: []int{400, 401, 403, 409},
 	}, func(ctx context.Context, in *heartbeatInput) (*nodeOutput, error) {
+		if err := s.speaks(in.credential, in.Name); err != nil {
+			return nil, s.problem(err)
+		}
 		if in.Body.Name != in.Name {
 			return nil, s.problem(fmt.Errorf("%w: the path names node %.253q, the body %.253q", accel.ErrInvalid, in.Name, in.Body.Name))
 		}
@@ -77,17 +83,23 @@ func (s *server) nodeRoutes(routes huma.API) {
 		return out, nil
 	})
 	huma.Register(routes, huma.Operation{
-		OperationID: "get-node", Method: http.MethodGet, Path: "/v1/nodes/{name}", Tags: tags, Security: secured(ScopeRead),
+		OperationID: "get-node", Method: http.MethodGet, Path: "/v1/nodes/{name}", Tags: tags, Security: secured(ScopeRead, ScopeNode),
 		Summary: "Get a node", Errors: []int{401, 403, 404},
 	}, func(_ context.Context, in *nodeInput) (*nodeOutput, error) {
+		if err := s.speaks(in.credential, in.Name); err != nil {
+			return nil, s.problem(err)
+		}
 		return s.node(s.Fleet.Node(in.Name))
 	})
 	huma.Register(routes, huma.Operation{
-		OperationID: "next-warms", Method: http.MethodGet, Path: "/v1/nodes/{name}/warms", Tags: tags, Security: secured(ScopeRead),
+		OperationID: "next-warms", Method: http.MethodGet, Path: "/v1/nodes/{name}/warms", Tags: tags, Security: secured(ScopeRead, ScopeNode),
 		Summary:     "Get what a node is to fetch, and wait for it",
 		Description: "The images that the node has not taken up, the longest waiting first. With wait an empty answer is held until there is one. An image is taken up by reporting it as Fetching; until then it is given out again.",
 		Errors:      []int{400, 401, 403},
 	}, func(ctx context.Context, in *nextInput) (*warmsOutput, error) {
+		if err := s.speaks(in.credential, in.Name); err != nil {
+			return nil, s.problem(err)
+		}
 		warms, err := s.nextWarms(ctx, in)
 		if err != nil {
 			return nil, s.problem(err)

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"mime"
 	"net/http"
 	"strings"
 
@@ -66,6 +67,15 @@ func writeProblem(w http.ResponseWriter, status int, detail string) {
 	w.WriteHeader(status)
 	//nolint:errcheck // the client may be gone; there is nobody else to tell
 	json.NewEncoder(w).Encode(huma.ErrorModel{Title: http.StatusText(status), Status: status, Detail: detail})
+}
+
+// problemKind is the type of the problem document that an answer is; empty where it is none.
+func problemKind(h http.Header, body []byte) string {
+	var p huma.ErrorModel
+	if kind, _, err := mime.ParseMediaType(h.Get("Content-Type")); err != nil || kind != "application/problem+json" || json.Unmarshal(body, &p) != nil {
+		return ""
+	}
+	return p.Type
 }
 
 // ProblemError rebuilds the server's error from its answer.

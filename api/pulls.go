@@ -2,11 +2,13 @@ package api
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"iter"
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"time"
 
 	"accel"
@@ -30,6 +32,7 @@ type PullList struct {
 }
 
 type pullReportInput struct {
+	credential
 	Body PullReport
 }
 
@@ -55,9 +58,9 @@ type pullsOutput struct {
 func (s *server) pullRoutes(routes huma.API) {
 	tags := []string{"Pulls"}
 	huma.Register(routes, huma.Operation{
-		OperationID: "report-pulls", Method: http.MethodPost, Path: "/v1/pulls", Tags: tags, Security: secured(ScopeWrite),
+		OperationID: "report-pulls", Method: http.MethodPost, Path: "/v1/pulls", Tags: tags, Security: secured(ScopeNode),
 		Summary: "Report measured pulls",
-		Description: "Nodes do this. A pull counts once, by its id, however often and in which order it is reported; what is answered with 200 is durable. " +
+		Description: "Nodes do this, with a token that speaks for the node of each pull. A pull counts once, by its id, however often and in which order it is reported; what is answered with 200 is durable. " +
 			"Where one of them cannot be, none is counted and the error names it. One that is older than the single pulls that are kept is not counted, for it may have been before: that is late in the answer.",
 		// Nodes and server are upgraded one after the other: what one of them does not
 		// know is passed over. The ledger judges the rest.
@@ -65,6 +68,11 @@ func (s *server) pullRoutes(routes huma.API) {
 	}, func(ctx context.Context, in *pullReportInput) (*receiptOutput, error) {
 		if len(in.Body.Pulls) > MaxReport {
 			return nil, s.problem(fmt.Errorf("%w: a report of %d pulls: send up to %d at a time", accel.ErrInvalid, len(in.Body.Pulls), MaxReport))
+		}
+		for i := range in.Body.Pulls {
+			if err := s.speaks(in.credential, in.Body.Pulls[i].Node); err != nil {
+				return nil, s.problem(fmt.Errorf("pull %.40q: %w", in.Body.Pulls[i].ID, err))
+			}
 		}
 		r, err := s.Ledger.Add(ctx, in.Body.Pulls)
 		if err != nil {
@@ -116,17 +124,40 @@ func ParseTime(text string) (time.Time, error) {
 }
 
 // ReportPulls brings measured pulls to the server, which has them for good when the error
-// is nil. It may be done again. accel.ErrInvalid where the server will never take one of them.
+// is nil. It may be done again. A meter.Refusal where the server says that it will never take one of them: its
+// own problem document, which names the pull, and not what a proxy might say. meter.ErrTooLarge where fewer might pass.
 func (c *Client) ReportPulls(ctx context.Context, pulls []accel.Pull) error {
 	for len(pulls) > 0 {
 		n := min(len(pulls), MaxReport)
 		var r meter.Receipt
 		if err := c.do(ctx, http.MethodPost, "/v1/pulls", nil, PullReport{Pulls: pulls[:n]}, &r); err != nil {
-			return err
+			return reportError(err, pulls[:n])
+		}
+		if took := r.Accepted + r.Duplicates + r.Late; took != n {
+			return fmt.Errorf("%s answered with a receipt for %d pulls of %d: is it a server of accel?", c.base, took, n)
 		}
 		pulls = pulls[n:]
 	}
 	return nil
+}
+
+// reportError judges why a report was not taken.
+func reportError(err error, pulls []accel.Pull) error {
+	var a answerError
+	switch {
+	case !errors.As(err, &a):
+		return err
+	case a.status == http.StatusRequestEntityTooLarge:
+		return fmt.Errorf("%w: %w", meter.ErrTooLarge, err)
+	case a.kind != problemType+"invalid":
+		return err
+	}
+	for i := range pulls {
+		if strings.Contains(err.Error(), strconv.Quote(pulls[i].ID)) {
+			return &meter.Refusal{ID: pulls[i].ID, Err: err}
+		}
+	}
+	return err
 }
 
 // PullOptions select pulls; zero fields select all.

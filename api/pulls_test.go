@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"path/filepath"
 	"reflect"
@@ -109,6 +110,52 @@ func TestUsageAsCSV(t *testing.T) {
 	}
 }
 
+// TestReportsToAWrongServer: what is no server of accel's, or does not name a pull, can refuse none.
+func TestReportsToAWrongServer(t *testing.T) {
+	pulls := []accel.Pull{measured(1), measured(2), measured(3)}
+	const problem = "application/problem+json"
+	named := `"invalid input: pull \"` + pulls[1].ID + `\": start"`
+	var refusal *meter.Refusal
+	for what, c := range map[string]struct {
+		status     int
+		kind, body string
+		refused    bool
+	}{
+		"ours":                  {400, problem + "; charset=utf-8", `{"type":"urn:accel:problem:invalid","title":"Bad Request","detail":` + named + `}`, true},
+		"a page":                {400, "text/html", "<html>400 Bad Request</html>", false},
+		"a page, unprocessable": {422, "text/html", "<html>" + pulls[1].ID + "</html>", false},
+		"another's problem":     {422, problem, `{"title":"Unprocessable Entity","detail":` + named + `}`, false},
+		"another's kind":        {400, "application/json", `{"type":"urn:accel:problem:invalid","title":"Bad Request","detail":` + named + `}`, false},
+		"no JSON":               {400, problem, `<html>`, false},
+		"ours, of nothing":      {400, problem, `{"type":"urn:accel:problem:invalid","title":"Bad Request","detail":"invalid input"}`, false},
+		"ours, of another":      {400, problem, `{"type":"urn:accel:problem:invalid","title":"Bad Request","detail":"invalid input: pull \"` + measured(9).ID + `\""}`, false},
+		"ours, forbidden":       {403, problem, `{"type":"urn:accel:problem:forbidden","title":"Forbidden","detail":` + named + `}`, false},
+		"too large":             {413, "text/html", "<html>413</html>", false},
+		"a good page":           {200, "text/html", "<html>welcome</html>", false},
+		"good JSON":             {200, "application/json", `{}`, false},
+		"null":                  {200, "application/json", `null`, false},
+		"fewer":                 {200, "application/json", `{"accepted":2}`, false},
+	} {
+		server := roundTripper(func(*http.Request) (*http.Response, error) {
+			return &http.Response{StatusCode: c.status, Body: io.NopCloser(strings.NewReader(c.body)), Header: http.Header{"Content-Type": {c.kind}}}, nil
+		})
+		client, err := api.NewClient("http://x.test", api.WithHTTPClient(&http.Client{Transport: server}))
+		must(t, err)
+		err = client.ReportPulls(t.Context(), pulls)
+		if err == nil || errors.As(err, &refusal) != c.refused || errors.Is(err, meter.ErrTooLarge) != (c.status == 413) {
+			t.Errorf("%s: %v", what, err)
+		}
+		if c.refused && (refusal.ID != pulls[1].ID || !errors.Is(err, accel.ErrInvalid)) {
+			t.Errorf("%s: %s is refused", what, refusal.ID)
+		}
+	}
+	b := newBed(t, withLedger(t)) // and a real one
+	pulls[2].Node = ""
+	if err := b.client.ReportPulls(b.ctx, pulls); !errors.As(err, &refusal) || refusal.ID != pulls[2].ID {
+		t.Errorf("%v", err)
+	}
+}
+
 func TestPullAnswers(t *testing.T) {
 	b := newBed(t, withLedger(t))
 	report := func(pulls ...accel.Pull) string {
@@ -169,9 +216,10 @@ func TestPullAnswers(t *testing.T) {
 func TestPullScopes(t *testing.T) {
 	b := newBed(t, withLedger(t), func(o *api.Options) {
 		o.Open = false
-		o.Tokens = []api.Token{{Name: "r", Scope: api.ScopeRead, SHA256: api.HashToken("r")}, {Name: "w", Scope: api.ScopeWrite, SHA256: api.HashToken("w")}}
+		o.Tokens = []api.Token{{Name: "r", Scope: api.ScopeRead, SHA256: api.HashToken("r")}, {Name: "w", Scope: api.ScopeWrite, SHA256: api.HashToken("w")},
+			{Name: "n", Scope: api.ScopeNode, Nodes: []string{"n1"}, SHA256: api.HashToken("n")}}
 	})
-	for what, status := range map[string]int{"POST  ": 401, "POST r": 403, "POST w": 200, "GET  ": 401, "GET r": 200} {
+	for what, status := range map[string]int{"POST  ": 401, "POST r": 403, "POST w": 403, "POST n": 200, "GET  ": 401, "GET r": 200, "GET n": 403} {
 		method, token, _ := strings.Cut(what, " ")
 		if got, _, body := b.do(method, "/v1/pulls", `{"pulls":[]}`, "Content-Type", "application/json", "Authorization", "Bearer "+token); got != status {
 			t.Errorf("%q: %d %s, want %d", what, got, body, status)

@@ -40,6 +40,7 @@ type warmOutput struct {
 }
 
 type reportInput struct {
+	credential
 	ID   string `path:"id" doc:"id of a warm, as in the body" maxLength:"100"`
 	Body accel.Warm
 }
@@ -81,12 +82,15 @@ func (s *server) warmRoutes(routes huma.API) {
 		Summary: "List what nodes are to have, newest first", Errors: []int{400, 401, 403},
 	}, s.listWarms)
 	huma.Register(routes, huma.Operation{
-		OperationID: "report-warm", Method: http.MethodPut, Path: "/v1/warms/{id}", Tags: tags, Security: secured(ScopeWrite),
+		OperationID: "report-warm", Method: http.MethodPut, Path: "/v1/warms/{id}", Tags: tags, Security: secured(ScopeNode),
 		Summary:     "Tell how far a node has come with an image",
-		Description: "State (Fetching, Warm or Failed), digest, reason and bytes count. 404 and 409 mean that nobody wants it any more.",
+		Description: "State (Fetching, Warm or Failed), digest, reason and bytes count, and node says whose it is. 404 and 409 mean that nobody wants it any more.",
 		// As with heartbeats: what is not known is passed over, and the fleet judges.
 		SkipValidateBody: true, MaxBodyBytes: s.MaxBodyBytes, Errors: []int{400, 401, 403, 404, 409},
 	}, func(ctx context.Context, in *reportInput) (*warmOutput, error) {
+		if err := s.speaks(in.credential, in.Body.Node); err != nil {
+			return nil, s.problem(err)
+		}
 		in.Body.ID = in.ID
 		w, err := s.Fleet.Report(ctx, in.Body)
 		if err != nil {

@@ -5,8 +5,11 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -132,3 +135,44 @@ func openSpool(t testing.TB, path string, o meter.SpoolOptions) *meter.Spool {
 var errAway = errors.New("connection refused")
 
 func name(prefix string, i int) string { return fmt.Sprint(prefix, i) }
+
+// lines is a slog.Handler that keeps what is logged.
+type lines struct {
+	mu      sync.Mutex
+	records []slog.Record
+}
+
+func (l *lines) Enabled(context.Context, slog.Level) bool { return true }
+func (l *lines) WithAttrs([]slog.Attr) slog.Handler       { return l }
+func (l *lines) WithGroup(string) slog.Handler            { return l }
+
+func (l *lines) Handle(_ context.Context, r slog.Record) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.records = append(l.records, r)
+	return nil
+}
+
+// take removes the lines of a level and above, and returns them.
+func (l *lines) take(level slog.Level) (taken []slog.Record) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.records = slices.DeleteFunc(l.records, func(r slog.Record) bool {
+		if r.Level >= level {
+			taken = append(taken, r)
+		}
+		return r.Level >= level
+	})
+	return taken
+}
+
+// attr is a value that a line has.
+func attr(r slog.Record, key string) (v slog.Value) {
+	r.Attrs(func(a slog.Attr) bool {
+		if a.Key == key {
+			v = a.Value
+		}
+		return true
+	})
+	return v
+}

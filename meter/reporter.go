@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"accel"
@@ -18,9 +19,21 @@ const (
 	minReportPause, maxReportPause = time.Second, 2 * time.Minute
 )
 
-// Sink takes pulls to where they are accounted for; api.Client does. It returns nil
-// only when they are durable there, and an accel.ErrInvalid when it will never take
-// them. It may be given a pull more than once.
+// ErrTooLarge: the server, or what is before it, takes no request of that size.
+var ErrTooLarge = errors.New("the report is too large")
+
+// Refusal is a server's no to one pull, for good.
+type Refusal struct {
+	ID  string // the pull's
+	Err error  // what is wrong with it
+}
+
+func (r *Refusal) Error() string { return r.Err.Error() }
+func (r *Refusal) Unwrap() error { return r.Err }
+
+// Sink takes pulls to where they are accounted for; api.Client does. It returns nil only when they are durable
+// there, a Refusal when one of them will never be taken, and ErrTooLarge when fewer might be. Any other error may
+// pass, whatever it says: what answers may be no server of ours. It may be given a pull more than once.
 type Sink interface {
 	ReportPulls(ctx context.Context, pulls []accel.Pull) error
 }
@@ -33,14 +46,13 @@ type Reporter struct {
 }
 
 // Run reports until ctx ends. A pull leaves the spool only when the sink has taken it, or will
-// never take it. An error is one of the spool's file.
+// never take it. An error is one of the spool's file that does not pass.
 func (r *Reporter) Run(ctx context.Context) error {
-	log := r.Log
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
+	a := &attempts{log: r.Log, pause: minReportPause}
+	if a.log == nil {
+		a.log = slog.New(slog.DiscardHandler)
 	}
-	pause := minReportPause
-	for {
+	for ctx.Err() == nil {
 		pulls, err := r.Spool.Oldest(reportBatch)
 		if err != nil {
 			return err
@@ -48,58 +60,91 @@ func (r *Reporter) Run(ctx context.Context) error {
 		if len(pulls) == 0 {
 			select {
 			case <-r.Spool.changed:
-				continue
 			case <-ctx.Done():
-				return nil
 			}
+			continue
 		}
-		err = r.send(ctx, pulls, log)
-		if ctx.Err() != nil {
-			return nil //nolint:nilerr
-		}
-		var away *awayError
+		err = r.send(ctx, pulls, a.log)
 		switch {
+		case ctx.Err() != nil: // what it was cut off from is sent again
 		case err == nil:
-			pause = minReportPause
-		case errors.As(err, &away):
-			wait := max(pause/2+rand.N(pause/2+1), accel.RetryAfter(err))
-			log.Warn("pulls cannot be reported now", "waiting", r.Spool.Len(), "next_try_in", wait.Round(time.Millisecond), "error", away.error)
-			sleep(ctx, wait)
-			pause = min(2*pause, maxReportPause)
-		default:
+			a.succeeded(r.Spool.Len())
+		case errors.Is(err, ErrClosed) || errors.Is(err, ErrDamaged):
 			return err
+		default:
+			sleep(ctx, a.failed(err, r.Spool.Len()))
 		}
 	}
+	return nil
 }
 
-// awayError says that the sink could not take pulls now, but may later.
-type awayError struct{ error }
+// attempts logs when reports begin and cease to fail, and not each one.
+type attempts struct {
+	log   *slog.Logger
+	pause time.Duration // after the next failure
+	n     int           // that failed in a row
+	since time.Time     // the first of these
+}
 
-func (e *awayError) Unwrap() error { return e.error }
-
-// send brings pulls to the sink. Where it refuses a batch, the ones that it does not
-// take are found by halves, so that they are not in the way of the others.
-func (r *Reporter) send(ctx context.Context, pulls []accel.Pull, log *slog.Logger) error {
-	ids := make([]string, 0, len(pulls))
-	for _, p := range pulls {
-		ids = append(ids, p.ID)
+// failed notes a failure, and says how long to wait.
+func (a *attempts) failed(err error, waiting int) time.Duration {
+	wait := max(a.pause/2+rand.N(a.pause/2+1), accel.RetryAfter(err))
+	a.pause = min(2*a.pause, maxReportPause)
+	level, words := slog.LevelDebug, "pulls still cannot be reported"
+	if a.n == 0 {
+		level, words = slog.LevelWarn, "pulls cannot be reported now; trying again"
+		a.since = time.Now()
 	}
-	err := r.Sink.ReportPulls(ctx, pulls)
-	switch {
-	case err == nil:
-		return r.Spool.Ack(ids...)
-	case !errors.Is(err, accel.ErrInvalid) || ctx.Err() != nil:
-		return &awayError{err}
-	case len(pulls) > 1:
-		half := len(pulls) / 2
-		if err := r.send(ctx, pulls[:half], log); err != nil {
+	a.n++
+	a.log.Log(context.Background(), level, words, "waiting", waiting, "next_try_in", wait.Round(time.Millisecond), "error", err)
+	return wait
+}
+
+func (a *attempts) succeeded(waiting int) {
+	if a.n > 0 {
+		a.log.Info("pulls are reported again", "failed_tries", a.n, "after", time.Since(a.since).Round(time.Millisecond), "waiting", waiting)
+	}
+	a.n, a.pause = 0, minReportPause
+}
+
+// send brings pulls to the sink, but for those that it refuses, and in halves where they are too many.
+func (r *Reporter) send(ctx context.Context, pulls []accel.Pull, log *slog.Logger) error {
+	for len(pulls) > 0 {
+		err := r.Sink.ReportPulls(ctx, pulls)
+		if err == nil {
+			return r.Spool.Ack(ids(pulls)...)
+		}
+		if errors.Is(err, ErrTooLarge) && len(pulls) > 1 && ctx.Err() == nil {
+			half := len(pulls) / 2
+			if err := r.send(ctx, pulls[:half], log); err != nil {
+				return err
+			}
+			pulls = pulls[half:]
+			continue
+		}
+		var no *Refusal
+		if !errors.As(err, &no) {
 			return err
 		}
-		return r.send(ctx, pulls[half:], log)
-	default:
-		log.Error("the server refuses a pull for good; it is dropped", "id", ids[0], "image", pulls[0].Image, "error", err)
-		return r.Spool.refuse(ids...)
+		at := slices.IndexFunc(pulls, func(p accel.Pull) bool { return p.ID == no.ID })
+		if at < 0 {
+			return err
+		}
+		log.Error("the server refuses a pull for good; it is dropped", "id", no.ID, "image", pulls[at].Image, "error", err)
+		if err := r.Spool.refuse(no.ID); err != nil {
+			return err
+		}
+		pulls = slices.Delete(slices.Clone(pulls), at, at+1)
 	}
+	return nil
+}
+
+func ids(pulls []accel.Pull) []string {
+	ids := make([]string, 0, len(pulls))
+	for i := range pulls {
+		ids = append(ids, pulls[i].ID)
+	}
+	return ids
 }
 
 func sleep(ctx context.Context, d time.Duration) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -184,15 +185,76 @@ func TestReporterDropsWhatIsRefused(t *testing.T) {
 			calls++
 			for _, p := range batch {
 				if slices.Contains(bad, p.ID) {
-					return fmt.Errorf("%w: no", accel.ErrInvalid)
+					return &meter.Refusal{ID: p.ID, Err: fmt.Errorf("%w: no", accel.ErrInvalid)}
 				}
 			}
 			taken = append(taken, batch...)
 			return nil
 		}))
-		if len(taken) != 696 || s.Dropped() != 4 || calls > 80 {
+		if len(taken) != 696 || s.Dropped() != 4 || calls > 6 {
 			t.Errorf("%d taken, %d dropped, %d calls", len(taken), s.Dropped(), calls)
 		}
+	})
+}
+
+// TestReporterKeepsWhatIsNotRefused: an answer that names no pull of the report says nothing about any.
+func TestReporterKeepsWhatIsNotRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := openSpool(t, "", meter.SpoolOptions{})
+		pulls := series(700)
+		must(t, s.Add(pulls...))
+		var taken []accel.Pull
+		wrong := []error{fmt.Errorf("%w: no", accel.ErrInvalid), &meter.Refusal{ID: idAt(noon), Err: accel.ErrInvalid}, accel.ErrForbidden, accel.ErrNotFound}
+		report(t, s, sink(func(batch []accel.Pull) error {
+			switch {
+			case len(wrong) > 0:
+				err := wrong[0]
+				wrong = wrong[1:]
+				return err
+			case len(batch) > 100:
+				return fmt.Errorf("%w: 413", meter.ErrTooLarge)
+			}
+			taken = append(taken, batch...)
+			return nil
+		}))
+		if !slices.Equal(taken, pulls) || s.Dropped() != 0 {
+			t.Errorf("%d taken, %d dropped", len(taken), s.Dropped())
+		}
+	})
+}
+
+// TestReporterLogsChanges: a line when the server goes away and one when it is back, whatever happens in between.
+func TestReporterLogsChanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := openSpool(t, "", meter.SpoolOptions{})
+		must(t, s.Add(series(10)...))
+		log := &lines{}
+		calls := 0
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() {
+			done <- (&meter.Reporter{Spool: s, Log: slog.New(log), Sink: sink(func([]accel.Pull) error {
+				if calls++; calls%20 != 0 {
+					return errAway
+				}
+				return nil
+			})}).Run(ctx)
+		}()
+		for outage := range 2 {
+			time.Sleep(time.Hour)
+			synctest.Wait()
+			if got := log.take(slog.LevelInfo); len(got) != 2 || got[0].Level != slog.LevelWarn || got[1].Level != slog.LevelInfo || s.Len() != 0 {
+				t.Errorf("outage %d: %v", outage, got)
+			} else if n := attr(got[1], "failed_tries"); n.Int64() != 19 {
+				t.Errorf("%s tries failed", n)
+			}
+			if got := log.take(slog.LevelDebug); len(got) != 18 {
+				t.Errorf("%d lines in between", len(got))
+			}
+			must(t, s.Add(series(5)...))
+		}
+		cancel()
+		must(t, <-done)
 	})
 }
 
