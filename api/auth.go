@@ -149,18 +149,13 @@ func (s *server) token(authorization string) (*Token, error) {
 	return found, nil
 }
 
-// credential is the request's, for operations whose answer depends on it.
-type credential struct {
-	Authorization string `header:"Authorization" hidden:"true"`
-}
-
 // speaks refuses a token of ScopeNode that is not the node's; what other scopes may do is
 // settled by then.
-func (s *server) speaks(c credential, node string) error {
+func (s *server) speaks(authorization, node string) error {
 	if s.Open {
 		return nil
 	}
-	t, err := s.token(c.Authorization)
+	t, err := s.token(authorization)
 	switch {
 	case err != nil:
 		return err

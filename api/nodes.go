@@ -26,14 +26,14 @@ type NodeList struct {
 }
 
 type nodeInput struct {
-	credential
-	Name string `path:"name" doc:"name of a node" maxLength:"253"`
+	Authorization string `header:"Authorization" hidden:"true"`
+	Name          string `path:"name" doc:"name of a node" maxLength:"253"`
 }
 
 type heartbeatInput struct {
-	credential
-	Name string `path:"name" doc:"name of the node, as in the body" maxLength:"253"`
-	Body accel.Node
+	Authorization string `header:"Authorization" hidden:"true"`
+	Name          string `path:"name" doc:"name of the node, as in the body" maxLength:"253"`
+	Body          accel.Node
 }
 
 type nodeOutput struct {
@@ -45,9 +45,9 @@ type nodesOutput struct {
 }
 
 type nextInput struct {
-	credential
-	Name string `path:"name" doc:"name of a node" maxLength:"253"`
-	Wait string `query:"wait" doc:"how long to wait while there is nothing to fetch, at most 10m; default: not at all" maxLength:"20" example:"50s"`
+	Authorization string `header:"Authorization" hidden:"true"`
+	Name          string `path:"name" doc:"name of a node" maxLength:"253"`
+	Wait          string `query:"wait" doc:"how long to wait while there is nothing to fetch, at most 10m; default: not at all" maxLength:"20" example:"50s"`
 }
 
 // maxHeartbeatBytes bounds a node's account of itself, nearly all of it labels.
@@ -63,7 +63,7 @@ func (s *server) nodeRoutes(routes huma.API) {
 		// know is passed over. The fleet judges the rest.
 		SkipValidateBody: true, MaxBodyBytes: min(maxHeartbeatBytes, s.MaxBodyBytes), Errors: []int{400, 401, 403, 409},
 	}, func(ctx context.Context, in *heartbeatInput) (*nodeOutput, error) {
-		if err := s.speaks(in.credential, in.Name); err != nil {
+		if err := s.speaks(in.Authorization, in.Name); err != nil {
 			return nil, s.problem(err)
 		}
 		if in.Body.Name != in.Name {
@@ -86,7 +86,7 @@ func (s *server) nodeRoutes(routes huma.API) {
 		OperationID: "get-node", Method: http.MethodGet, Path: "/v1/nodes/{name}", Tags: tags, Security: secured(ScopeRead, ScopeNode),
 		Summary: "Get a node", Errors: []int{401, 403, 404},
 	}, func(_ context.Context, in *nodeInput) (*nodeOutput, error) {
-		if err := s.speaks(in.credential, in.Name); err != nil {
+		if err := s.speaks(in.Authorization, in.Name); err != nil {
 			return nil, s.problem(err)
 		}
 		return s.node(s.Fleet.Node(in.Name))
@@ -97,7 +97,7 @@ func (s *server) nodeRoutes(routes huma.API) {
 		Description: "The images that the node has not taken up, the longest waiting first. With wait an empty answer is held until there is one. An image is taken up by reporting it as Fetching; until then it is given out again.",
 		Errors:      []int{400, 401, 403},
 	}, func(ctx context.Context, in *nextInput) (*warmsOutput, error) {
-		if err := s.speaks(in.credential, in.Name); err != nil {
+		if err := s.speaks(in.Authorization, in.Name); err != nil {
 			return nil, s.problem(err)
 		}
 		warms, err := s.nextWarms(ctx, in)

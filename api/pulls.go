@@ -32,8 +32,8 @@ type PullList struct {
 }
 
 type pullReportInput struct {
-	credential
-	Body PullReport
+	Authorization string `header:"Authorization" hidden:"true"`
+	Body          PullReport
 }
 
 type receiptOutput struct {
@@ -70,7 +70,7 @@ func (s *server) pullRoutes(routes huma.API) {
 			return nil, s.problem(fmt.Errorf("%w: a report of %d pulls: send up to %d at a time", accel.ErrInvalid, len(in.Body.Pulls), MaxReport))
 		}
 		for i := range in.Body.Pulls {
-			if err := s.speaks(in.credential, in.Body.Pulls[i].Node); err != nil {
+			if err := s.speaks(in.Authorization, in.Body.Pulls[i].Node); err != nil {
 				return nil, s.problem(fmt.Errorf("pull %.40q: %w", in.Body.Pulls[i].ID, err))
 			}
 		}

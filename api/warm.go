@@ -40,9 +40,9 @@ type warmOutput struct {
 }
 
 type reportInput struct {
-	credential
-	ID   string `path:"id" doc:"id of a warm, as in the body" maxLength:"100"`
-	Body accel.Warm
+	Authorization string `header:"Authorization" hidden:"true"`
+	ID            string `path:"id" doc:"id of a warm, as in the body" maxLength:"100"`
+	Body          accel.Warm
 }
 
 type warmsInput struct {
@@ -88,7 +88,7 @@ func (s *server) warmRoutes(routes huma.API) {
 		// As with heartbeats: what is not known is passed over, and the fleet judges.
 		SkipValidateBody: true, MaxBodyBytes: s.MaxBodyBytes, Errors: []int{400, 401, 403, 404, 409},
 	}, func(ctx context.Context, in *reportInput) (*warmOutput, error) {
-		if err := s.speaks(in.credential, in.Body.Node); err != nil {
+		if err := s.speaks(in.Authorization, in.Body.Node); err != nil {
 			return nil, s.problem(err)
 		}
 		in.Body.ID = in.ID

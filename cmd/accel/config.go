@@ -31,7 +31,7 @@ type config struct {
 	Listen        string           `yaml:"listen" doc:"address of the API"`
 	Data          string           `yaml:"data" doc:"directory of the records and keys"`
 	Log           logConfig        `yaml:"log"`
-	Tokens        []tokenConfig    `yaml:"tokens" doc:"who may use the API: a list of {name, scope: read or write, sha256 or token_file}; an empty list is allowed on loopback only"`
+	Tokens        []tokenConfig    `yaml:"tokens" doc:"who may use the API: a list of {name, scope: read, write or node, nodes, sha256 or token_file}; scope node, and no other, speaks for the nodes whose names match one of nodes, such as [worker-*]; an empty list is allowed on loopback only"`
 	Registries    []registryConfig `yaml:"registries" doc:"the allowlist: a list of {host, aliases, plain_http, ca_file, username, password_file, token_file}; without static credentials, docker's config.json, credential helpers and the clouds' keychains are asked"`
 	Webhooks      []webhookConfig  `yaml:"webhooks" doc:"senders of push events: a list of {name, kind, secret or secret_file, previous_secrets, registry, oidc: {issuer, audience, email}}"`
 	Policy        policyConfig     `yaml:"policy"`
@@ -54,10 +54,11 @@ type logConfig struct {
 }
 
 type tokenConfig struct {
-	Name      string `yaml:"name"`
-	Scope     string `yaml:"scope"`
-	SHA256    string `yaml:"sha256"`
-	TokenFile string `yaml:"token_file"`
+	Name      string   `yaml:"name"`
+	Scope     string   `yaml:"scope"`
+	Nodes     []string `yaml:"nodes"`
+	SHA256    string   `yaml:"sha256"`
+	TokenFile string   `yaml:"token_file"`
 }
 
 type registryConfig struct {
@@ -262,7 +263,7 @@ func (c *config) apiTokens() ([]api.Token, error) {
 			}
 			hash = api.HashToken(text)
 		}
-		tokens = append(tokens, api.Token{Name: t.Name, Scope: api.Scope(t.Scope), SHA256: hash})
+		tokens = append(tokens, api.Token{Name: t.Name, Scope: api.Scope(t.Scope), Nodes: t.Nodes, SHA256: hash})
 		if err := tokens[i].Validate(); err != nil {
 			return nil, fmt.Errorf("tokens[%d]: %w", i, err)
 		}

@@ -57,6 +57,7 @@ func TestCheckConfig(t *testing.T) {
 		"bad duration":    {"registries: [{host: r.test}]\nreadiness: {lease: soon}\n", "soon"},
 		"no registry":     {"log: {level: debug}\n", "registries"},
 		"open to all":     {"listen: 0.0.0.0:80\nregistries: [{host: r.test}]\n", "token"},
+		"node's token":    {"tokens: [{name: x, scope: node, sha256: '" + strings.Repeat("a", 64) + "'}]\nregistries: [{host: r.test}]\n", "scope node needs nodes"},
 		"bad token":       {"tokens: [{name: x, scope: admin, sha256: aa}]\nregistries: [{host: r.test}]\n", "tokens[0]"},
 		"no secret":       {"registries: [{host: r.test}]\nwebhooks: [{kind: harbor}]\n", "webhooks[0]"},
 		"same name":       {"registries: [{host: r.test}]\nwebhooks: [{kind: harbor, secret: a}, {kind: harbor, secret: b}]\n", "used twice"},

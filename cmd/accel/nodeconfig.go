@@ -51,7 +51,7 @@ type nodeConfig struct {
 
 type nodeServerConfig struct {
 	URL       string `yaml:"url" doc:"the accel server, such as https://accel.example; empty: none, and pulls are kept until there is one"`
-	TokenFile string `yaml:"token_file" doc:"file with a token of scope write"`
+	TokenFile string `yaml:"token_file" doc:"file with a token of scope node that speaks for this node's name"`
 	CAFile    string `yaml:"ca_file" doc:"PEM file with the server's CA, beside the system's"`
 }
 
