@@ -64,7 +64,7 @@ func (s *server) pullRoutes(routes huma.API) {
 			"Where one of them cannot be, none is counted and the error names it. One that is older than the single pulls that are kept is not counted, for it may have been before: that is late in the answer.",
 		// Nodes and server are upgraded one after the other: what one of them does not
 		// know is passed over. The ledger judges the rest.
-		SkipValidateBody: true, MaxBodyBytes: s.MaxBodyBytes, Errors: []int{400, 401, 403},
+		SkipValidateBody: true, MaxBodyBytes: s.MaxBodyBytes, Errors: []int{400, 401, 403, 507},
 	}, func(ctx context.Context, in *pullReportInput) (*receiptOutput, error) {
 		if len(in.Body.Pulls) > MaxReport {
 			return nil, s.problem(fmt.Errorf("%w: a report of %d pulls: send up to %d at a time", accel.ErrInvalid, len(in.Body.Pulls), MaxReport))
@@ -75,6 +75,9 @@ func (s *server) pullRoutes(routes huma.API) {
 			}
 		}
 		r, err := s.Ledger.Add(ctx, in.Body.Pulls)
+		if errors.Is(err, meter.ErrFull) { // the ledger logs it, once
+			return nil, &huma.ErrorModel{Title: http.StatusText(http.StatusInsufficientStorage), Status: http.StatusInsufficientStorage, Detail: "the server has no room on its disk; nothing was counted, try again later"}
+		}
 		if err != nil {
 			return nil, s.problem(err)
 		}

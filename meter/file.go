@@ -20,6 +20,8 @@ var (
 	ErrLocked = errors.New("file of pulls is in use by another process")
 	// ErrDamaged: the file was cut or overwritten. A spool sets it aside by itself.
 	ErrDamaged = errors.New("file of pulls is damaged")
+	// ErrFull: the disk has no room. Nothing was changed, and it passes when there is room again.
+	ErrFull = errors.New("no room on the disk")
 	// ErrClosed: Close was called before.
 	ErrClosed = errors.New("file of pulls is closed")
 )
@@ -68,6 +70,9 @@ func openFile(path string, has schema, check func(*bbolt.Tx) error) (*file, erro
 		if f.raw != nil {
 			f.raw.Close() // also what bbolt leaves open, and so locked, when it panics
 		}
+		if fresh && errors.Is(err, ErrFull) {
+			err = errors.Join(err, os.Remove(path)) // it is not whole, and has nothing
+		}
 		return nil, err
 	}
 	if fresh { // bbolt syncs the file, not its name
@@ -91,6 +96,8 @@ func (f *file) open(has schema, check func(*bbolt.Tx) error) (err error) {
 	switch {
 	case errors.Is(err, bolterrors.ErrTimeout):
 		return fmt.Errorf("%w: %s (waited %s)", ErrLocked, f.path, lockWait)
+	case isFull(err):
+		return fmt.Errorf("open file of pulls: %w: %w", ErrFull, err)
 	case errors.As(err, new(syscall.Errno)): // no permission, no space, a folder
 		return fmt.Errorf("open file of pulls: %w", err)
 	case err != nil:
@@ -144,10 +151,17 @@ func (f *file) inspect(has schema, check func(*bbolt.Tx) error) error {
 		}
 		return bt.Bucket(bucketMeta).Put(keyFormat, []byte(has.format))
 	})
+	if isFull(err) {
+		err = fmt.Errorf("%w: %w", ErrFull, err)
+	}
 	if err != nil {
 		return fmt.Errorf("make file of pulls %s: %w", f.path, err)
 	}
 	return nil
+}
+
+func isFull(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
 func syncFolder(path string) error {
@@ -188,16 +202,20 @@ func (f *file) view(fn func(*bbolt.Tx) error) (err error) {
 }
 
 // update runs fn in a transaction that is durable when it returns nil, together with
-// other callers'. fn may be run more than once.
+// other callers'. fn may be run more than once. ErrFull where there is no room.
 func (f *file) update(fn func(*bbolt.Tx) error) (err error) {
 	if err := f.usable(); err != nil {
 		return err
 	}
 	defer f.guard(&err)
-	return f.db.Batch(func(bt *bbolt.Tx) (err error) {
+	err = f.db.Batch(func(bt *bbolt.Tx) (err error) {
 		defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 		return fn(bt)
 	})
+	if isFull(err) {
+		err = fmt.Errorf("%w: %w", ErrFull, err)
+	}
+	return err
 }
 
 // close waits for running calls. A second close is no error.

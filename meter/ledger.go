@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"accel"
@@ -87,7 +88,8 @@ type Ledger struct {
 	o       LedgerOptions
 	file    *file
 	metrics *ledgerMetrics
-	batch   int // foldBatch, but for tests
+	batch   int         // foldBatch, but for tests
+	full    atomic.Bool // the last Add found no room
 
 	pruning sync.Mutex // held by Prune
 	// sweeping holds the names that were given out since a sweep began; nil: there is none. It belongs
@@ -145,7 +147,7 @@ type Receipt struct {
 
 // Add counts pulls that were not counted before; when it returns nil that is on disk. Pulls
 // may come in any order and many times. An accel.ErrInvalid names the first that cannot
-// be; then none is counted.
+// be; then none is counted. ErrFull: none could be, for there is no room.
 func (l *Ledger) Add(ctx context.Context, pulls []accel.Pull) (Receipt, error) {
 	if err := ctx.Err(); err != nil {
 		return Receipt{}, err
@@ -172,11 +174,22 @@ func (l *Ledger) Add(ctx context.Context, pulls []accel.Pull) (Receipt, error) {
 		}
 		return e.makeRoom()
 	})
+	l.noteRoom(err)
 	if err != nil {
 		return Receipt{}, l.located(err)
 	}
 	l.metrics.added(e, pulls)
 	return e.receipt, nil
+}
+
+// noteRoom logs when the disk becomes full and when it is no more, not each failure.
+func (l *Ledger) noteRoom(err error) {
+	switch full := errors.Is(err, ErrFull); {
+	case full && !l.full.Swap(true):
+		l.o.Log.Error("the ledger's disk is full: reported pulls are not taken, and wait on their nodes", "file", l.file.path, "error", err)
+	case err == nil && l.full.Swap(false):
+		l.o.Log.Info("the ledger takes pulls again", "file", l.file.path)
+	}
 }
 
 // located adds the file's name to errors of bbolt.

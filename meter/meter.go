@@ -42,6 +42,8 @@ const (
 	// maxWaiting bounds finished pulls that the spool could not take, for instance because
 	// the disk is full.
 	maxWaiting = 10_000
+	// spoolBatch is how many pulls are spooled at once, some 150 kB.
+	spoolBatch = 500
 )
 
 // Meter puts transfers together into pulls. It is safe for concurrent use.
@@ -194,7 +196,7 @@ func (m *Meter) Run(ctx context.Context) error {
 			_ = m.spool()
 		case <-ctx.Done():
 			m.endAll()
-			return m.spool()
+			return m.spoolLast()
 		}
 	}
 }
@@ -234,20 +236,42 @@ func (m *Meter) endAll() {
 	}
 }
 
+// spoolLast is the last spool. What it cannot bring to disk is lost.
+func (m *Meter) spoolLast() error {
+	err := m.spool()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if n := len(m.waiting); err != nil && n > 0 {
+		m.o.Spool.lost(n)
+		m.waiting = nil
+		m.o.Log.Error("the node stops with pulls that cannot be spooled; they are dropped", "dropped", n, "error", err)
+	}
+	return err
+}
+
 // spool brings what waits to disk. Where that fails, it waits on.
 func (m *Meter) spool() error {
 	m.mu.Lock()
 	pulls := m.waiting
 	m.waiting = nil
 	m.mu.Unlock()
-	err := m.o.Spool.Add(pulls...)
-	if err == nil {
-		m.stuck = false
-		return nil
+	var err error
+	for len(pulls) > 0 && err == nil { // in parts, for which there may be room
+		n := min(len(pulls), spoolBatch)
+		if err = m.o.Spool.Add(pulls[:n]...); err == nil {
+			pulls = pulls[n:]
+		}
 	}
-	if !m.stuck { // once, not with each try
+	switch {
+	case err == nil && m.stuck:
+		m.stuck = false
+		m.o.Log.Info("pulls are spooled again")
+		fallthrough
+	case err == nil:
+		return nil
+	case !m.stuck: // once, not with each try
 		m.stuck = true
-		m.o.Log.Error("pulls cannot be spooled; they wait in memory", "count", len(pulls), "error", err)
+		m.o.Log.Error("pulls cannot be spooled; they wait in memory, and the oldest are dropped", "waiting", len(pulls), "most", maxWaiting, "error", err)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()

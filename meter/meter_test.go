@@ -3,6 +3,7 @@ package meter_test
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
@@ -23,29 +24,39 @@ type node struct {
 	meter *meter.Meter
 	spool *meter.Spool
 	stop  func()
+	end   func() error
 }
 
 // measured runs fn with a node, in a time of its own.
 func measured(t *testing.T, fn func(n *node)) {
 	synctest.Test(t, func(t *testing.T) {
-		n := &node{t: t, spool: openSpool(t, "", meter.SpoolOptions{})}
-		var err error
-		n.meter, err = meter.New(meter.Options{Node: "n1", Spool: n.spool, Quiet: quiet})
-		must(t, err)
-		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan error, 1)
-		go func() { done <- n.meter.Run(ctx) }()
-		stopped := false
-		n.stop = func() {
-			if !stopped {
-				stopped = true
-				cancel()
-				must(t, <-done)
-			}
-		}
+		n := newNode(t, openSpool(t, "", meter.SpoolOptions{}), nil)
 		defer n.stop()
 		fn(n)
 	})
+}
+
+// newNode is a node at work. It must be stopped, or ended for the error of its work.
+func newNode(t *testing.T, s *meter.Spool, log *slog.Logger) *node {
+	t.Helper()
+	n := &node{t: t, spool: s}
+	var err error
+	n.meter, err = meter.New(meter.Options{Node: "n1", Spool: s, Quiet: quiet, Log: log})
+	must(t, err)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- n.meter.Run(ctx) }()
+	stopped := false
+	n.end = func() error {
+		if stopped {
+			return nil
+		}
+		stopped = true
+		cancel()
+		return <-done
+	}
+	n.stop = func() { must(t, n.end()) }
+	return n
 }
 
 // pulls are those that are over, by their start.

@@ -15,9 +15,16 @@ import (
 func (l *Ledger) Run(ctx context.Context) error {
 	tick := time.NewTicker(pruneEvery)
 	defer tick.Stop()
+	failed := false
 	for {
-		if err := l.Prune(ctx); err != nil && ctx.Err() == nil {
-			l.o.Log.Error("old pulls cannot be removed", "error", err)
+		switch err := l.Prune(ctx); {
+		case ctx.Err() != nil:
+		case err != nil && !failed: // once, not with each try
+			l.o.Log.Error("old pulls cannot be folded or removed", "error", err)
+			failed = true
+		case err == nil && failed:
+			l.o.Log.Info("old pulls are folded and removed again")
+			failed = false
 		}
 		select {
 		case <-tick.C:
