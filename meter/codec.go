@@ -1,7 +1,11 @@
 package meter
 
 import (
+	"encoding/binary"
+	"encoding/hex"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"accel"
@@ -27,6 +31,14 @@ const (
 	fieldCache
 	fieldOutcome
 	fieldReason
+
+	// Of the ledger, which keeps many. Names are those of its table, the empty text's left out.
+	fieldImageName
+	fieldNodeName
+	fieldTenantName
+	fieldSHA256 // of the digest, 32 bytes
+	fieldPlace  // of outcome and mode as in a row's counts, and one more
+	fieldPastID // nanoseconds from the id's millisecond to the start, and one more
 )
 
 func encodePull(p *accel.Pull) []byte {
@@ -47,7 +59,43 @@ func encodePull(p *accel.Pull) []byte {
 	return w
 }
 
-func decodePull(key, b []byte) (accel.Pull, error) {
+// encodeKept is encodePull with what the ledger can say in fewer bytes. name is the short form of a text;
+// nil where it has none.
+func encodeKept(p *accel.Pull, name func(string) ([]byte, error)) ([]byte, error) {
+	w := make(writer, 0, 128)
+	for _, t := range []struct {
+		text        string
+		long, short protowire.Number
+	}{{p.Image, fieldImage, fieldImageName}, {p.Node, fieldNode, fieldNodeName}, {p.Tenant, fieldTenant, fieldTenantName}} {
+		n, err := name(t.text)
+		switch {
+		case err != nil:
+			return nil, err
+		case n == nil:
+			w.text(t.long, t.text)
+		default:
+			w.number(t.short, uint64(binary.BigEndian.Uint32(n)))
+		}
+	}
+	encoded, is := strings.CutPrefix(string(p.Digest), "sha256:")
+	if sum, err := hex.DecodeString(encoded); is && err == nil {
+		w.bytes(fieldSHA256, sum)
+	} else {
+		w.text(fieldDigest, string(p.Digest))
+	}
+	w.number(fieldPlace, uint64(slices.Index(outcomes, p.Outcome)*placesOfMode+slices.Index(modes, p.Mode)+1))
+	w.number(fieldMemory, uint64(p.MemoryBytes))
+	w.number(fieldPastID, uint64(p.Start.Sub(p.Start.Truncate(time.Millisecond))+1))
+	w.number(fieldDuration, uint64(p.Duration))
+	w.number(fieldRegistry, uint64(p.RegistryBytes))
+	w.number(fieldPeer, uint64(p.PeerBytes))
+	w.number(fieldCache, uint64(p.CacheBytes))
+	w.text(fieldReason, p.Reason)
+	return w, nil
+}
+
+// decodePull reads a pull, with the texts of names; nil: a spool, which has none.
+func decodePull(key, b []byte, text func(name uint32) string) (accel.Pull, error) {
 	id, err := keyID(key)
 	p := accel.Pull{ID: id, Start: time.Unix(0, 0).UTC()}
 	if err != nil {
@@ -81,10 +129,48 @@ func decodePull(key, b []byte) (accel.Pull, error) {
 			p.Outcome = accel.Outcome(raw)
 		case fieldReason:
 			p.Reason = string(raw)
+		case fieldImageName, fieldNodeName, fieldTenantName:
+			return named(&p, field, uint32(n), text)
+		case fieldSHA256:
+			p.Digest = digest.NewDigestFromEncoded(digest.SHA256, hex.EncodeToString(raw))
+		case fieldPlace:
+			outcome, mode := (n-1)/placesOfMode, (n-1)%placesOfMode
+			if outcome >= numOutcomes || mode >= numModes {
+				return fmt.Errorf("%w: outcome and mode %d of a pull", ErrDamaged, n)
+			}
+			p.Outcome, p.Mode = outcomes[outcome], modes[mode]
+		case fieldPastID:
+			p.Start = time.UnixMilli(int64(binary.BigEndian.Uint64(key[:8]) >> 16)).Add(time.Duration(n - 1)).UTC()
 		}
 		return nil
 	})
 	return p, err
+}
+
+// named sets what a pull has by name.
+func named(p *accel.Pull, field protowire.Number, name uint32, text func(uint32) string) error {
+	if text == nil {
+		return fmt.Errorf("%w: a spooled pull with a name", ErrDamaged)
+	}
+	switch field {
+	case fieldImageName:
+		p.Image = text(name)
+	case fieldNodeName:
+		p.Node = text(name)
+	default:
+		p.Tenant = text(name)
+	}
+	return nil
+}
+
+// keptNames calls each for the names of a pull in the ledger.
+func keptNames(b []byte, each func(name uint32)) error {
+	return read(b, func(field protowire.Number, _ []byte, n uint64) error {
+		if field >= fieldImageName && field <= fieldTenantName {
+			each(uint32(n))
+		}
+		return nil
+	})
 }
 
 // writer appends fields; those of the zero value are left out.

@@ -15,9 +15,28 @@ import (
 // What the tests of rows and sums look at.
 var (
 	EncodePull = encodePull
-	DecodePull = decodePull
 	DecodeRow  = decodeRow
 )
+
+func DecodePull(key, b []byte) (accel.Pull, error) { return decodePull(key, b, nil) }
+
+// KeepPull is what a pull is after it was kept in a ledger that knows some names.
+func KeepPull(p accel.Pull, known ...string) (accel.Pull, error) {
+	key, err := idKey(p.ID)
+	if err != nil {
+		return p, err
+	}
+	b, err := encodeKept(&p, func(text string) ([]byte, error) {
+		if i := slices.Index(known, text); i >= 0 {
+			return []byte{0, 0, 0, byte(i)}, nil
+		}
+		return nil, nil
+	})
+	if err != nil {
+		return p, err
+	}
+	return decodePull(key, b, func(name uint32) string { return known[name] })
+}
 
 type Total = total
 

@@ -28,7 +28,7 @@ type LedgerOptions struct {
 	// KeepDetail is how long a day's roll-ups are kept apart by image, tenant and node; 7 days. Older
 	// days are folded: then they can be asked for by one of these only, see Query.
 	KeepDetail time.Duration
-	// MaxPulls bounds the single pulls that are kept, about 250 bytes each; 2,000,000. The
+	// MaxPulls bounds the single pulls that are kept, about 120 bytes each; 2,000,000. The
 	// oldest make room. Their sums stay.
 	MaxPulls int
 	// MaxDayRows bounds a day's roll-ups (one for each image, tenant and node, about 100
@@ -230,10 +230,6 @@ func (e *entry) add(p *accel.Pull) error {
 	}
 	e.receipt.Accepted++
 	e.counted = append(e.counted, place)
-	b.FillPercent = 0.9 // ids come nearly in order
-	if err := b.Put(key, encodePull(p)); err != nil {
-		return err
-	}
 	if err := e.count(1); err != nil {
 		return err
 	}
@@ -242,6 +238,15 @@ func (e *entry) add(p *accel.Pull) error {
 		count = e.addFolded
 	}
 	if err := count(p); err != nil {
+		return err
+	}
+	// Now it has its names, or is counted among others.
+	raw, err := encodeKept(p, func(text string) ([]byte, error) { return e.name(text, false) })
+	if err != nil {
+		return err
+	}
+	b.FillPercent = 0.9 // ids come nearly in order
+	if err := b.Put(key, raw); err != nil {
 		return err
 	}
 	return e.baseline(p)

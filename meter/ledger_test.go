@@ -143,6 +143,9 @@ func TestRetention(t *testing.T) {
 	if len(kept) != 2*10 || kept[19].Start.Before(now.Add(-o.KeepPulls)) {
 		t.Errorf("%d pulls are kept, the oldest of %s", len(kept), kept[len(kept)-1].Start)
 	}
+	for _, p := range kept { // with their names
+		must(t, meter.Validate(p, now))
+	}
 	u := usage(t, l, meter.Query{By: meter.ByDay})
 	// A hundred days, and the rest of their first month.
 	days := int(now.Sub(time.Date(2026, 4, 1, 0, 0, 0, 0, time.UTC))/(24*time.Hour)) + 1
@@ -258,6 +261,21 @@ func TestLedgerRunEnds(t *testing.T) {
 	must(t, l.Close())
 	if _, err := l.Add(t.Context(), byHand()[:1]); !errors.Is(err, meter.ErrClosed) {
 		t.Errorf("%v", err)
+	}
+}
+
+// TestKeptPulls: the ledger's short form of a pull is the pull.
+func TestKeptPulls(t *testing.T) {
+	for i, p := range append(byHand(),
+		pullOf(noon.Add(123456789*time.Nanosecond)), pullOf(noon, by("t1"), memory(1)),
+		pullOf(noon, func(p *accel.Pull) { p.Digest, p.Mode = "", accel.PullFull }),
+		pullOf(noon, func(p *accel.Pull) { p.Digest, p.Mode = digest.SHA512.FromString("x"), accel.PullLazy }),
+	) {
+		for _, known := range [][]string{{""}, {"", p.Image}, {"", p.Node, p.Image, p.Tenant}} {
+			if got, err := meter.KeepPull(p, known...); err != nil || !reflect.DeepEqual(got, p) {
+				t.Errorf("%d: %+v, %v\nwant %+v", i, got, err, p)
+			}
+		}
 	}
 }
 

@@ -61,9 +61,9 @@ func (a *account) foldedDays() error {
 			if !a.wants(ofImage, of[0]) || !a.wants(ofTenant, of[1]) {
 				return nil
 			}
-			text := a.text(of[0])
+			text := a.texts.of(of[0])
 			if a.q.By == ByTenant {
-				text = a.text(of[1])
+				text = a.texts.of(of[1])
 			}
 			g, err := a.group(text)
 			if err != nil {
@@ -86,7 +86,7 @@ func (a *account) foldedDays() error {
 		}
 		text := dayText(day)
 		if a.q.By != ByDay {
-			text = a.text(of[0])
+			text = a.texts.of(of[0])
 		}
 		g, err := a.group(text)
 		if err != nil {

@@ -3,6 +3,7 @@ package meter
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"fmt"
 	"strings"
 	"time"
@@ -50,6 +51,24 @@ func matchesImage(image, wanted string) bool {
 	return ok && (rest == "" || strings.HasPrefix(rest, "@") || rest[0] == ':' && !strings.Contains(rest, "/"))
 }
 
+// texts are those of names, looked up once.
+type texts struct {
+	bt    *bbolt.Tx
+	known map[uint32]string
+}
+
+func (t *texts) of(name uint32) string {
+	if name == 0 {
+		return ""
+	}
+	s, ok := t.known[name]
+	if !ok {
+		s = string(t.bt.Bucket(bucketTexts).Get(binary.BigEndian.AppendUint32(nil, name)))
+		t.known[name] = s
+	}
+	return s
+}
+
 // Pulls lists pulls, the latest started first. accel.ErrInvalid for a bad limit or cursor.
 func (l *Ledger) Pulls(ctx context.Context, f Filter) (Page, error) {
 	if f.Limit < 1 || f.Limit > MaxPage {
@@ -74,13 +93,14 @@ func (l *Ledger) Pulls(ctx context.Context, f Filter) (Page, error) {
 	}
 	var page Page
 	err := l.file.view(func(bt *bbolt.Tx) (err error) {
-		page, err = f.page(ctx, bt.Bucket(bucketPulls).Cursor(), from, before)
+		texts := texts{bt: bt, known: map[uint32]string{}}
+		page, err = f.page(ctx, bt.Bucket(bucketPulls).Cursor(), from, before, texts.of)
 		return err
 	})
 	return page, l.located(err)
 }
 
-func (f *Filter) page(ctx context.Context, c *bbolt.Cursor, from, before []byte) (Page, error) {
+func (f *Filter) page(ctx context.Context, c *bbolt.Cursor, from, before []byte, text func(uint32) string) (Page, error) {
 	page := Page{Pulls: []accel.Pull{}}
 	k, v := c.Last()
 	if before != nil {
@@ -96,7 +116,7 @@ func (f *Filter) page(ctx context.Context, c *bbolt.Cursor, from, before []byte)
 		if looked++; looked%1000 == 0 && ctx.Err() != nil {
 			return Page{}, ctx.Err()
 		}
-		p, err := decodePull(k, v)
+		p, err := decodePull(k, v, text)
 		if err != nil {
 			return Page{}, err
 		}

@@ -82,7 +82,7 @@ func (s *Spool) check(bt *bbolt.Tx) error {
 	s.length.Store(0)
 	err := bt.Bucket(bucketPulls).ForEach(func(k, v []byte) error {
 		s.length.Add(1)
-		_, err := decodePull(k, v)
+		_, err := decodePull(k, v, nil)
 		return err
 	})
 	for damage := range bt.Check() { // to its end, for it reads the transaction
@@ -150,7 +150,7 @@ func (s *Spool) Oldest(n int) ([]accel.Pull, error) {
 		pulls = nil
 		c := bt.Bucket(bucketPulls).Cursor()
 		for k, v := c.First(); k != nil && len(pulls) < n; k, v = c.Next() {
-			p, err := decodePull(k, v)
+			p, err := decodePull(k, v, nil)
 			if err != nil {
 				return err
 			}

@@ -43,31 +43,38 @@ func (l *Ledger) sweep(ctx context.Context) error {
 	}))
 }
 
-// unusedNames are those that no row has.
+// unusedNames are those that no row and no pull has.
 func (l *Ledger) unusedNames(ctx context.Context) (unused [][]byte, err error) {
 	used := map[uint32]bool{}
 	for _, t := range []struct {
 		bucket []byte
 		prefix int // of keys, before their names
 	}{{bucketRollups, dayBytes}, {bucketFolded, 1 + dayBytes}, {bucketMonths, 1 + dayBytes}, {bucketBaseline, dayBytes}} {
-		if err := l.eachKey(ctx, t.bucket, func(k []byte) {
+		if err := l.eachRow(ctx, t.bucket, func(k, _ []byte) error {
 			for name := k[min(t.prefix, len(k)):]; len(name) >= nameBytes; name = name[nameBytes:] {
 				used[binary.BigEndian.Uint32(name)] = true
 			}
+			return nil
 		}); err != nil {
 			return nil, err
 		}
 	}
-	err = l.eachKey(ctx, bucketTexts, func(k []byte) {
+	if err := l.eachRow(ctx, bucketPulls, func(_, v []byte) error {
+		return keptNames(v, func(name uint32) { used[name] = true })
+	}); err != nil {
+		return nil, err
+	}
+	err = l.eachRow(ctx, bucketTexts, func(k, _ []byte) error {
 		if len(k) == nameBytes && !used[binary.BigEndian.Uint32(k)] {
 			unused = append(unused, bytes.Clone(k))
 		}
+		return nil
 	})
 	return unused, err
 }
 
-// eachKey calls each for every key of a bucket. Others may write in between.
-func (l *Ledger) eachKey(ctx context.Context, bucket []byte, each func(k []byte)) error {
+// eachRow calls each for every row of a bucket. Others may write in between.
+func (l *Ledger) eachRow(ctx context.Context, bucket []byte, each func(k, v []byte) error) error {
 	var last []byte
 	for more := true; more; {
 		if err := ctx.Err(); err != nil {
@@ -75,13 +82,15 @@ func (l *Ledger) eachKey(ctx context.Context, bucket []byte, each func(k []byte)
 		}
 		if err := l.file.view(func(bt *bbolt.Tx) error {
 			c := bt.Bucket(bucket).Cursor()
-			k, _ := c.Seek(last)
+			k, v := c.Seek(last)
 			if last != nil && bytes.Equal(k, last) {
-				k, _ = c.Next()
+				k, v = c.Next()
 			}
 			n := 0
-			for ; k != nil && n < sweepBatch; k, _ = c.Next() {
-				each(k)
+			for ; k != nil && n < sweepBatch; k, v = c.Next() {
+				if err := each(k, v); err != nil {
+					return err
+				}
 				last = append(last[:0], k...)
 				n++
 			}

@@ -80,7 +80,7 @@ func (l *Ledger) Usage(ctx context.Context, q Query) (Usage, error) {
 	}
 	var u Usage
 	err := l.file.view(func(bt *bbolt.Tx) (err error) {
-		a := &account{Ledger: l, ctx: ctx, bt: bt, q: q, groups: map[string]*group{}, texts: map[uint32]string{}}
+		a := &account{Ledger: l, ctx: ctx, bt: bt, q: q, groups: map[string]*group{}, texts: texts{bt: bt, known: map[uint32]string{}}}
 		u, err = a.usage()
 		return err
 	})
@@ -97,7 +97,7 @@ type account struct {
 	folded   int // days before this one are folded
 	groups   map[string]*group
 	total    *group
-	texts    map[uint32]string // that were looked up
+	texts    texts
 }
 
 // group is a line on its way. What was saved depends on the image's baseline, so the savers' sums are kept
@@ -210,11 +210,11 @@ func (a *account) rows() error {
 		var text string
 		switch a.q.By {
 		case ByImage:
-			text = a.text(of.image)
+			text = a.texts.of(of.image)
 		case ByTenant:
-			text = a.text(of.tenant)
+			text = a.texts.of(of.tenant)
 		case ByNode:
-			text = a.text(of.node)
+			text = a.texts.of(of.node)
 		default:
 			text = dayText(int(binary.BigEndian.Uint32(k)))
 		}
@@ -237,25 +237,13 @@ func (a *account) rows() error {
 func (a *account) wants(k kind, name uint32) bool {
 	switch k {
 	case ofImage:
-		return a.q.Image == "" || matchesImage(a.text(name), a.q.Image)
+		return a.q.Image == "" || matchesImage(a.texts.of(name), a.q.Image)
 	case ofTenant:
-		return a.q.Tenant == "" || a.text(name) == a.q.Tenant
+		return a.q.Tenant == "" || a.texts.of(name) == a.q.Tenant
 	case ofNode:
-		return a.q.Node == "" || a.text(name) == a.q.Node
+		return a.q.Node == "" || a.texts.of(name) == a.q.Node
 	}
 	return true
-}
-
-func (a *account) text(name uint32) string {
-	if name == 0 {
-		return ""
-	}
-	t, ok := a.texts[name]
-	if !ok {
-		t = string(a.bt.Bucket(bucketTexts).Get(binary.BigEndian.AppendUint32(nil, name)))
-		a.texts[name] = t
-	}
-	return t
 }
 
 func dayText(day int) string { return dayTimeOf(day).Format(time.DateOnly) }

@@ -129,7 +129,7 @@ type pullsConfig struct {
 	Keep         time.Duration `yaml:"keep" doc:"how long single pulls are kept; what nodes report later than that is not counted"`
 	KeepDetail   time.Duration `yaml:"keep_detail" doc:"how long usage can be asked for by image, tenant and node together; older days are folded into sums by one of them (see docs/usage.md)"`
 	KeepSums     time.Duration `yaml:"keep_sums" doc:"how long the sums of days, of which usage is made, are kept, in whole months; at least keep"`
-	MaxKept      int           `yaml:"max_kept" doc:"most single pulls, about 250 bytes each; the oldest make room, and their sums stay"`
+	MaxKept      int           `yaml:"max_kept" doc:"most single pulls, about 120 bytes each; the oldest make room, and their sums stay"`
 	MaxDailySums int           `yaml:"max_daily_sums" doc:"most sums of one day (one for each image, tenant and node); what comes above is counted as other images"`
 }
 
