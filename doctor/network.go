@@ -134,9 +134,9 @@ func (o *Options) server(ctx context.Context) []Finding {
 	case err == nil:
 		return []Finding{ok("server", fmt.Sprintf("%s heard from %s at %s", o.Server, o.NodeName, n.SeenAt.Local().Format(time.DateTime)))}
 	case errors.Is(err, accel.ErrNotFound):
-		return []Finding{warn("server", fmt.Sprintf("%s has never heard from a node %q", o.Server, o.NodeName), "start the node; its token needs scope write")}
+		return []Finding{warn("server", fmt.Sprintf("%s has never heard from a node %q", o.Server, o.NodeName), "start the node; its token needs scope node, for this name")}
 	case errors.Is(err, accel.ErrUnauthenticated), errors.Is(err, accel.ErrForbidden):
-		return []Finding{fail("server", fmt.Sprintf("%s refuses the token: %v", o.Server, err), "put a token of scope write into server.token_file; pulls are kept meanwhile")}
+		return []Finding{fail("server", fmt.Sprintf("%s refuses the token: %v", o.Server, err), "put a token of scope node, for this name, into server.token_file; pulls are kept meanwhile")}
 	default:
 		return []Finding{fail("server", err.Error(), "check server.url, network and proxy; pulls are kept meanwhile")}
 	}

@@ -85,7 +85,7 @@ type policyConfig struct {
 
 type convertConfig struct {
 	ChunkSize   size   `yaml:"chunk_size" doc:"uncompressed bytes that are fetched at a time when a lazy start misses"`
-	Level       int    `yaml:"level" doc:"gzip level, 1 to 9"`
+	Level       int    `yaml:"level" doc:"gzip level, 1 to 9, for what is compressed anew"`
 	Concurrency int    `yaml:"concurrency" doc:"images converted at a time"`
 	Workers     int    `yaml:"workers" doc:"compressing threads; 0: one for each core"`
 	TempDir     string `yaml:"temp_dir" doc:"where converted layers wait for their upload; default: below data"`

@@ -73,7 +73,7 @@ longer shared with images converted by another list.`,
 	}
 	f := cmd.Flags()
 	f.StringSliceVar(&platforms, "platform", nil, "only these platforms, such as linux/amd64; default: all")
-	f.IntVar(&level, "level", level, "gzip level, 1 to 9")
+	f.IntVar(&level, "level", level, "gzip level, 1 to 9, for what is compressed anew")
 	f.Var(sizeFlag{&chunk}, "chunk-size", "uncompressed bytes of a chunk")
 	f.Var(sizeFlag{&limit}, "max-uncompressed-size", "refuse larger images")
 	f.StringVar(&prioritize, "prioritize", "", "file with one path of the image on each line, in the order in which a start reads them")
