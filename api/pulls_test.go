@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
@@ -19,6 +20,7 @@ import (
 	"accel/meter"
 
 	"github.com/oklog/ulid/v2"
+	"golang.org/x/sys/unix"
 )
 
 const team = host + "/team/app"
@@ -153,6 +155,44 @@ func TestReportsToAWrongServer(t *testing.T) {
 	pulls[2].Node = ""
 	if err := b.client.ReportPulls(b.ctx, pulls); !errors.As(err, &refusal) || refusal.ID != pulls[2].ID {
 		t.Errorf("%v", err)
+	}
+}
+
+// TestReportsToAFullDisk are answered 507, by which no pull is refused, and taken when there is room again.
+func TestReportsToAFullDisk(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED here: a small file system can only be mounted by root")
+	}
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=2m"); err != nil {
+		t.Skipf("SKIPPED here: a small file system cannot be mounted: %v", err)
+	}
+	t.Cleanup(func() { must(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+	l, err := meter.OpenLedger(filepath.Join(dir, "pulls.db"), meter.LedgerOptions{})
+	must(t, err)
+	t.Cleanup(func() { must(t, l.Close()) })
+	b := newBed(t, func(o *api.Options) { o.Ledger, o.MaxBodyBytes = l, 4<<20 })
+	filler := filepath.Join(dir, "filler")
+	if err := os.WriteFile(filler, make([]byte, 4<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("the disk is not full: %v", err)
+	}
+	pulls := make([]accel.Pull, 1000)
+	for i := range pulls {
+		pulls[i] = measured(i)
+	}
+	raw, err := json.Marshal(api.PullReport{Pulls: pulls})
+	must(t, err)
+	if status, h, body := b.do(http.MethodPost, "/v1/pulls", string(raw)); status != 507 || h.Get("Content-Type") != "application/problem+json" {
+		t.Errorf("%d %v %s", status, h, body)
+	}
+	var refusal *meter.Refusal
+	if err := b.client.ReportPulls(b.ctx, pulls); err == nil || errors.As(err, &refusal) {
+		t.Errorf("%v", err)
+	}
+	must(t, os.Remove(filler))
+	must(t, b.client.ReportPulls(b.ctx, pulls))
+	if got := b.pulls(api.PullOptions{}); len(got) != 1000 {
+		t.Errorf("%d pulls are counted", len(got))
 	}
 }
 
