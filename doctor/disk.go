@@ -31,7 +31,7 @@ func (o *Options) disk(context.Context) []Finding {
 	if err := unix.Statfs(at, &st); err != nil {
 		return []Finding{fail("disk", fmt.Sprintf("%s: %v", at, err), "choose another folder with data")}
 	}
-	block := int64(st.Bsize) //nolint:unconvert
+	block := int64(st.Bsize) //nolint:unconvert // 32 bits on some machines
 	free, total := int64(st.Bavail)*block, int64(st.Blocks)*block
 	room := fmt.Sprintf("%s: %s free of %s", dir, gigabytes(free), gigabytes(total))
 	var found []Finding
@@ -48,7 +48,7 @@ func (o *Options) disk(context.Context) []Finding {
 	if st.Files > 0 && st.Ffree < st.Files/20 {
 		found = append(found, warn("disk", fmt.Sprintf("%s: %d of %d inodes are free", dir, st.Ffree, st.Files), "remove small files from this file system"))
 	}
-	if name, network := networkMagics[int64(st.Type)]; network { //nolint:unconvert
+	if name, network := networkMagics[int64(st.Type)]; network { //nolint:unconvert // 32 bits on some machines
 		found = append(found, fail("disk", dir+" is on "+name+", on which the index is not safe", "choose a local file system with data"))
 	} else if st.Type == memoryMagic {
 		found = append(found, warn("disk", dir+" is in memory (tmpfs): the cache is gone with the machine, and takes its memory", "choose a file system on disk with data"))

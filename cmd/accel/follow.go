@@ -32,7 +32,7 @@ func (s *service) followReady(ctx context.Context) error {
 		case <-time.After(followPause):
 		}
 	}
-	return nil //nolint:nilerr
+	return nil //nolint:nilerr // asked to stop
 }
 
 func (s *service) follow(ctx context.Context) error {

@@ -87,7 +87,8 @@ func periodFlags(from, to string) (f, t time.Time, err error) {
 // writePulls writes pulls as CSV, with the names of the JSON as first line.
 func writePulls(out io.Writer, pulls []accel.Pull) error {
 	w := csv.NewWriter(out)
-	rows := [][]string{{"id", "image", "digest", "node", "mode", "tenant", "memoryBytes", "start", "durationNs", "registryBytes", "peerBytes", "cacheBytes", "outcome", "reason"}} //nolint:prealloc
+	rows := make([][]string, 0, 1+len(pulls))
+	rows = append(rows, []string{"id", "image", "digest", "node", "mode", "tenant", "memoryBytes", "start", "durationNs", "registryBytes", "peerBytes", "cacheBytes", "outcome", "reason"})
 	number := func(n int64) string { return strconv.FormatInt(n, 10) }
 	for _, p := range pulls {
 		rows = append(rows, []string{p.ID, p.Image, p.Digest.String(), p.Node, string(p.Mode), p.Tenant, number(p.MemoryBytes), p.Start.UTC().Format(time.RFC3339Nano),
