@@ -4,6 +4,7 @@ import (
 	"bytes"
 	stdgzip "compress/gzip"
 	"encoding/binary"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -22,7 +23,7 @@ func pieces(t testing.TB, blob []byte) (all []piece, content []byte) {
 	z := NewReader(bytes.NewReader(blob))
 	for {
 		data, matches, err := z.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return all, content
 		}
 		if err != nil {
