@@ -158,6 +158,14 @@ func checkKilled(t *testing.T, dir string, blobs map[digest.Digest][]byte, last 
 			t.Fatal(err)
 		}
 	}
+	// What has all its parts is checked as a whole before its end is given, which needs Run.
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := s.Run(ctx); err != nil {
+			t.Error(err)
+		}
+	})
 	for _, e := range s.List() {
 		data := blobs[e.Digest]
 		if data == nil {
@@ -189,13 +197,6 @@ func checkKilled(t *testing.T, dir string, blobs map[digest.Digest][]byte, last 
 			}
 		}
 	}
-	ctx, cancel := context.WithCancel(t.Context())
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		if err := s.Run(ctx); err != nil {
-			t.Error(err)
-		}
-	})
 	for _, data := range blobs {
 		mustGet(t, s, data, 0, -1, from(data))
 	}

@@ -3,6 +3,7 @@ package fleet_test
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -51,10 +52,17 @@ func beKilled(path, run string) {
 					panic(err)
 				}
 				for _, w := range warms {
-					for _, w.State = range []accel.WarmState{accel.WarmFetching, accel.WarmDone} {
-						if _, err := f.Report(ctx, w); err != nil {
-							panic(err)
-						}
+					w.State = accel.WarmFetching
+					_, err := f.Report(ctx, w)
+					if errors.Is(err, accel.ErrConflict) {
+						continue // it gave way to newer ones
+					}
+					if err == nil {
+						w.State = accel.WarmDone
+						_, err = f.Report(ctx, w)
+					}
+					if err != nil {
+						panic(err)
 					}
 					say("done", w.ID)
 				}
