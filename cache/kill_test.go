@@ -1,11 +1,9 @@
 package cache
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -16,6 +14,7 @@ import (
 	"time"
 
 	"accel"
+	"accel/internal/killtest"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -104,29 +103,9 @@ func killLoop(t *testing.T, kills int) {
 	whole, parts, evicted := 0, 0, 0
 	for run := range kills {
 		cmd := role("killed", dir, fmt.Sprint(run))
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		lines := bufio.NewReader(out)
-		if _, err := lines.ReadString('\n'); err != nil {
-			t.Fatalf("run %d: %v", run, err)
-		}
-		// The instant of the kill, not a wait for anything. A commit comes each second.
-		kill := time.AfterFunc(time.Duration(rand.IntN(1_500_000))*time.Microsecond, func() { _ = cmd.Process.Kill() })
-		rest, err := io.ReadAll(lines)
-		kill.Stop()
-		_ = cmd.Wait() // killed
-		if err != nil {
-			t.Fatal(err)
-		}
-		last := ""
-		for line := range strings.Lines(string(rest[:strings.LastIndexByte(string(rest), '\n')+1])) {
-			last = strings.TrimSpace(line)
-		}
+		// A commit comes each second.
+		said := killtest.Run(t, cmd, 1500*time.Millisecond)
+		last := said[len(said)-1]
 		w, p, e := checkKilled(t, dir, blobs, last)
 		whole, parts, evicted = whole+w, parts+p, evicted+e
 	}

@@ -205,16 +205,16 @@ func (l *layout) flush() error {
 		return context.Cause(l.ctx)
 	}
 	l.group.Go(func() error {
-		err := l.conv.compressing(l.ctx, b.compress)
+		err := l.conv.compress(l.ctx, b)
 		b.done <- err
 		return err
 	})
 	return nil
 }
 
-// compressing calls f with one of the converter's compressors, of which there
-// are as many as Workers.
-func (c *Converter) compressing(ctx context.Context, f func(*deflate.Writer) error) error {
+// compress compresses b with one of the converter's compressors, of which there are
+// as many as Workers.
+func (c *Converter) compress(ctx context.Context, b *batch) error {
 	var w *deflate.Writer
 	select {
 	case w = <-c.slots:
@@ -228,7 +228,7 @@ func (c *Converter) compressing(ctx context.Context, f func(*deflate.Writer) err
 			return err
 		}
 	}
-	return f(w)
+	return b.compress(w)
 }
 
 // close says that the tar stream is over.

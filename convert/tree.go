@@ -204,10 +204,10 @@ func (t *tree) lookup(name string) *node {
 // that is missing is made or ends the walk with nil.
 func (t *tree) walk(dir string, create bool) *node {
 	at, links := t.root, 0
-	todo := strings.Split(strings.Trim(dir, "/"), "/")
-	for len(todo) > 0 {
-		name := todo[0]
-		todo = todo[1:]
+	left := strings.Split(strings.Trim(dir, "/"), "/")
+	for len(left) > 0 {
+		name := left[0]
+		left = left[1:]
 		switch name {
 		case "", ".":
 			continue
@@ -233,7 +233,7 @@ func (t *tree) walk(dir string, create bool) *node {
 			if strings.HasPrefix(next.inode.link, "/") {
 				at = t.root
 			}
-			todo = append(strings.Split(next.inode.link, "/"), todo...)
+			left = append(strings.Split(next.inode.link, "/"), left...)
 			continue
 		}
 		at = next

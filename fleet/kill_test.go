@@ -1,12 +1,9 @@
 package fleet_test
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +14,7 @@ import (
 
 	"accel"
 	"accel/fleet"
+	"accel/internal/killtest"
 )
 
 // The test binary runs itself again, to be killed.
@@ -111,22 +109,8 @@ func killed(t *testing.T, kills int) {
 		cmd := exec.CommandContext(t.Context(), os.Args[0])
 		cmd.Env = append(os.Environ(), roleVariable+"="+fmt.Sprint("run", run), pathVariable+"="+path)
 		cmd.Stderr = os.Stderr
-		out, err := cmd.StdoutPipe()
-		must(t, err)
-		must(t, cmd.Start())
-		lines := bufio.NewReader(out)
-		first, err := lines.ReadString('\n') // it is at work
-		if err != nil {
-			t.Fatalf("run %d: %v", run, err)
-		}
-		kill := time.AfterFunc(time.Duration(rand.IntN(80_000))*time.Microsecond, func() { _ = cmd.Process.Kill() })
-		rest, err := io.ReadAll(lines)
-		kill.Stop()
-		_ = cmd.Wait() // killed
-		must(t, err)
-		all := first + string(rest)
-		for line := range strings.Lines(all[:strings.LastIndexByte(all, '\n')+1]) {
-			what, id, _ := strings.Cut(strings.TrimSpace(line), " ")
+		for _, line := range killtest.Run(t, cmd, 80*time.Millisecond) {
+			what, id, _ := strings.Cut(line, " ")
 			if saidOf[id] != "done" {
 				saidOf[id] = what
 			}

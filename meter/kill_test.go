@@ -1,11 +1,9 @@
 package meter_test
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -13,12 +11,12 @@ import (
 	"reflect"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"accel"
+	"accel/internal/killtest"
 	"accel/meter"
 )
 
@@ -100,29 +98,12 @@ func killed(t *testing.T, kills int) {
 }
 
 // runAndKill runs this binary with an environment, kills it at some instant, and returns the lines that it said.
-func runAndKill(t *testing.T, env ...string) (said []string) {
+func runAndKill(t *testing.T, env ...string) []string {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), os.Args[0])
 	cmd.Env = append(os.Environ(), env...)
 	cmd.Stderr = os.Stderr
-	out, err := cmd.StdoutPipe()
-	must(t, err)
-	must(t, cmd.Start())
-	lines := bufio.NewReader(out)
-	first, err := lines.ReadString('\n') // it is at work
-	if err != nil {
-		t.Fatalf("%v: %v", env, err)
-	}
-	kill := time.AfterFunc(time.Duration(rand.IntN(80_000))*time.Microsecond, func() { _ = cmd.Process.Kill() })
-	rest, err := io.ReadAll(lines)
-	kill.Stop()
-	_ = cmd.Wait() // killed
-	must(t, err)
-	all := first + string(rest)
-	for line := range strings.Lines(all[:strings.LastIndexByte(all, '\n')+1]) {
-		said = append(said, strings.TrimSpace(line))
-	}
-	return said
+	return killtest.Run(t, cmd, 80*time.Millisecond)
 }
 
 // checkSums compares usage with the single pulls.

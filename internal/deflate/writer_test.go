@@ -171,7 +171,7 @@ func FuzzMember(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, blob []byte, seed uint64) {
 		if got, err := io.ReadAll(io.LimitReader(NewReader(bytes.NewReader(blob)), oracleBytes)); err != nil || len(got) == oracleBytes {
-			t.Skip()
+			return // no gzip, or too much of it
 		}
 		_, out, parts := members(t, blob, 1, rand.New(rand.NewPCG(seed, 0)), 200_000)
 		checkMembers(t, out, parts)

@@ -16,6 +16,7 @@ var may = map[string][]string{
 	"accel/internal/keylock":    {},
 	"accel/internal/debimage":   {},
 	"accel/internal/importrule": {},
+	"accel/internal/killtest":   {},
 	"accel/webhook":             {"accel"},
 	"accel/readiness":           {"accel"},
 	"accel/readiness/boltstore": {"accel", "accel/readiness"},

@@ -1,11 +1,8 @@
 package boltstore_test
 
 import (
-	"bufio"
 	"context"
 	"fmt"
-	"io"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +12,7 @@ import (
 	"time"
 
 	"accel"
+	"accel/internal/killtest"
 	"accel/readiness"
 	"accel/readiness/boltstore"
 
@@ -97,29 +95,8 @@ func TestKilled(t *testing.T) {
 	said := map[digest.Digest]string{}
 	for run := range kills {
 		cmd := role(t.Context(), "killed", path, fmt.Sprint("run", run, "-"))
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		lines := bufio.NewReader(out)
-		first, err := lines.ReadString('\n') // it is at work
-		if err != nil {
-			t.Fatalf("run %d: %v", run, err)
-		}
-		kill := time.AfterFunc(time.Duration(rand.IntN(80_000))*time.Microsecond, func() { _ = cmd.Process.Kill() })
-		rest, err := io.ReadAll(lines)
-		kill.Stop()
-		_ = cmd.Wait() // killed
-		if err != nil {
-			t.Fatal(err)
-		}
-		all := first + string(rest)
-		all = all[:strings.LastIndexByte(all, '\n')+1]
-		for line := range strings.Lines(all) {
-			what, d, _ := strings.Cut(strings.TrimSpace(line), " ")
+		for _, line := range killtest.Run(t, cmd, 80*time.Millisecond) {
+			what, d, _ := strings.Cut(line, " ")
 			if said[digest.Digest(d)] != "ready" {
 				said[digest.Digest(d)] = what
 			}
