@@ -55,6 +55,21 @@ type Pull struct {
 	// Reason says in words why an outcome is error, or what was unusual ("the
 	// registry knows no ranges").
 	Reason string `json:"reason,omitempty"`
+	// Lazy says more of a pull whose Mode is PullLazy; zero for others. Its Duration ends when the image is
+	// mounted, and its bytes are those that came until the image was complete, or for two minutes.
+	Lazy LazyPull `json:"lazy,omitzero"`
+}
+
+// LazyPull is how an image's content came after it was mounted. Times are counted from the
+// pull's Start.
+type LazyPull struct {
+	// FirstByte is when the first read that had to wait was answered; 0 where none had to.
+	FirstByte time.Duration `json:"firstByteNs,omitempty"`
+	// Complete is when all content was there; 0 where it was not within two minutes.
+	Complete time.Duration `json:"completeNs,omitempty"`
+	// Misses are the reads that had to wait, Waited how long all of them did.
+	Misses int64         `json:"misses,omitempty"`
+	Waited time.Duration `json:"waitedNs,omitempty"`
 }
 
 // Tally counts the bytes that one reader was given, by where they came from.

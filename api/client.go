@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"accel"
+
+	"github.com/opencontainers/go-digest"
 )
 
 const (
@@ -251,6 +253,16 @@ func (c *Client) GC(ctx context.Context, dryRun bool) ([]Orphan, error) {
 // Keys gets the public keys that mappings are signed with.
 func (c *Client) Keys(ctx context.Context) (k KeySet, err error) {
 	return k, c.do(ctx, http.MethodGet, "/v1/keys", nil, nil, &k)
+}
+
+// Mapping gets the signed mapping of a source platform manifest, as package trust verifies it;
+// repository may be empty. accel.ErrNotFound where there is none.
+func (c *Client) Mapping(ctx context.Context, repository string, d digest.Digest) (envelope []byte, err error) {
+	q := url.Values{}
+	if repository != "" {
+		q.Set("repository", repository)
+	}
+	return envelope, c.do(ctx, http.MethodGet, "/v1/mappings/"+url.PathEscape(d.String()), q, nil, (*json.RawMessage)(&envelope))
 }
 
 // Server is the URL that the client asks.

@@ -41,7 +41,7 @@ func (s *server) trustRoutes(routes huma.API) {
 		return &keysOutput{Body: KeySet{Keys: s.Keys.List(), PEM: string(s.Keys.Export())}}, nil
 	})
 	huma.Register(routes, huma.Operation{
-		OperationID: "get-mapping", Method: http.MethodGet, Path: "/v1/mappings/{digest}", Tags: tags, Security: secured(ScopeRead),
+		OperationID: "get-mapping", Method: http.MethodGet, Path: "/v1/mappings/{digest}", Tags: tags, Security: secured(ScopeRead, ScopeNode),
 		Summary:     "Get the signed mapping of a source manifest",
 		Description: "A DSSE envelope whose payload maps the source's manifest and layers to the converted ones.",
 		Errors:      []int{400, 401, 403, 404},

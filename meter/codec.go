@@ -39,6 +39,12 @@ const (
 	fieldSHA256 // of the digest, 32 bytes
 	fieldPlace  // of outcome and mode as in a row's counts, and one more
 	fieldPastID // nanoseconds from the id's millisecond to the start, and one more
+
+	// Of lazy pulls.
+	fieldFirstByte
+	fieldComplete
+	fieldMisses
+	fieldWaited
 )
 
 func encodePull(p *accel.Pull) []byte {
@@ -56,7 +62,16 @@ func encodePull(p *accel.Pull) []byte {
 	w.number(fieldCache, uint64(p.CacheBytes))
 	w.text(fieldOutcome, string(p.Outcome))
 	w.text(fieldReason, p.Reason)
+	w.lazy(p.Lazy)
 	return w
+}
+
+// lazy adds what only lazy pulls have.
+func (w *writer) lazy(p accel.LazyPull) {
+	w.number(fieldFirstByte, uint64(p.FirstByte))
+	w.number(fieldComplete, uint64(p.Complete))
+	w.number(fieldMisses, uint64(p.Misses))
+	w.number(fieldWaited, uint64(p.Waited))
 }
 
 // encodeKept is encodePull with what the ledger can say in fewer bytes. name is the short form of a text;
@@ -91,6 +106,7 @@ func encodeKept(p *accel.Pull, name func(string) ([]byte, error)) ([]byte, error
 	w.number(fieldPeer, uint64(p.PeerBytes))
 	w.number(fieldCache, uint64(p.CacheBytes))
 	w.text(fieldReason, p.Reason)
+	w.lazy(p.Lazy)
 	return w, nil
 }
 
@@ -141,6 +157,14 @@ func decodePull(key, b []byte, text func(name uint32) string) (accel.Pull, error
 			p.Outcome, p.Mode = outcomes[outcome], modes[mode]
 		case fieldPastID:
 			p.Start = time.UnixMilli(int64(binary.BigEndian.Uint64(key[:8]) >> 16)).Add(time.Duration(n - 1)).UTC()
+		case fieldFirstByte:
+			p.Lazy.FirstByte = time.Duration(n)
+		case fieldComplete:
+			p.Lazy.Complete = time.Duration(n)
+		case fieldMisses:
+			p.Lazy.Misses = int64(n)
+		case fieldWaited:
+			p.Lazy.Waited = time.Duration(n)
 		}
 		return nil
 	})

@@ -156,12 +156,22 @@ func (m *Meter) endQuietest() {
 	}
 }
 
-// finish hands a pull over to Run. The caller holds mu.
+// Record takes a pull that was measured elsewhere on the node, and gives it the id and the node's name.
+func (m *Meter) Record(p accel.Pull) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.record(p)
+}
+
+// finish ends the measurement of a pull. The caller holds mu.
 func (m *Meter) finish(p *pull) {
-	out, is := p.result()
-	if !is {
-		return
+	if out, is := p.result(); is {
+		m.record(out)
 	}
+}
+
+// record hands a pull over to Run. The caller holds mu.
+func (m *Meter) record(out accel.Pull) {
 	id, err := ulid.New(uint64(max(0, out.Start.UnixMilli())), rand.Reader)
 	if err == nil {
 		out.ID, out.Node = id.String(), m.o.Node

@@ -59,6 +59,13 @@ func Validate(p accel.Pull, now time.Time) error {
 	default:
 		return bad("mode %.20q: want full, lazy or mirror", p.Mode)
 	}
+	z := p.Lazy
+	if z != (accel.LazyPull{}) && p.Mode != accel.PullLazy {
+		return bad("lazy is for pulls of mode lazy")
+	}
+	if min(z.FirstByte, z.Complete, z.Waited) < 0 || max(z.FirstByte, z.Complete) > maxDuration || z.Misses < 0 || z.Misses > maxBytes {
+		return bad("a figure of lazy is not between 0 and its bound")
+	}
 	switch p.Outcome {
 	case accel.OutcomePartial, accel.OutcomeMiss, accel.OutcomeError:
 	case accel.OutcomeHit:
