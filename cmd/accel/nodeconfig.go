@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"accel"
 	"accel/api"
 	"accel/install"
 
@@ -26,6 +27,8 @@ const (
 	// defaultNodeConfig is read where no other file is named and it is there.
 	defaultNodeConfig = "/etc/accel/node.yaml"
 	defaultMirror     = "127.0.0.1:5555"
+	// maxRuntimeBytes leaves room for names of sockets: their paths have 107 bytes at most (unix(7)).
+	maxRuntimeBytes = 64
 )
 
 // nodeConfig is a node's configuration. Each key has a flag and an environment variable
@@ -45,6 +48,8 @@ type nodeConfig struct {
 	Mirror          nodeMirrorConfig     `yaml:"mirror"`
 	Pulls           nodePullsConfig      `yaml:"pulls"`
 	Warm            nodeWarmConfig       `yaml:"warm"`
+	Lazy            string               `yaml:"lazy" doc:"on: images are mounted before their content is here, where containerd asks for that; off: every new pull is an ordinary one, while containers that run from lazy mounts go on"`
+	Snapshotter     nodeSnapshotter      `yaml:"snapshotter"`
 	Metrics         nodeMetricsConfig    `yaml:"metrics"`
 	Containerd      nodeContainerdConfig `yaml:"containerd"`
 }
@@ -78,6 +83,16 @@ type nodeWarmConfig struct {
 	Concurrency int `yaml:"concurrency" doc:"images that are brought ahead at a time"`
 }
 
+// nodeSnapshotter is how containerd's images are mounted.
+type nodeSnapshotter struct {
+	Socket     string   `yaml:"socket" doc:"unix socket on which containerd asks for snapshots; empty: none"`
+	Runtime    string   `yaml:"runtime" doc:"folder on tmpfs for the process that serves lazy mounts; a short path"`
+	Keys       string   `yaml:"keys" doc:"PEM file with public keys whose mappings are believed (accel keys export), beside the server's own"`
+	Except     []string `yaml:"except" doc:"repositories that are never mounted lazily: globs over HOST/PATH, * within one part of the path, a trailing /** everything below"`
+	Stargz     []string `yaml:"stargz" doc:"repositories whose images are mounted as they are where they are eStargz themselves: globs"`
+	Background size     `yaml:"background" doc:"bytes a second at which content is brought before it is read; 0: what is left of the network"`
+}
+
 type nodeMetricsConfig struct {
 	Listen string `yaml:"listen" doc:"address of /metrics and /healthz for Prometheus and probes; empty: on the unix socket only"`
 }
@@ -98,6 +113,10 @@ func defaultNodeSettings() nodeConfig {
 		Mirror:    nodeMirrorConfig{time.Minute, 5 * time.Minute, 24 * time.Hour, 15 * time.Second, 30 * time.Second},
 		Pulls:     nodePullsConfig{5 * time.Second, 100_000},
 		Warm:      nodeWarmConfig{1},
+		Lazy:      "on",
+		Snapshotter: nodeSnapshotter{
+			Socket: "/run/accel/snapshotter.sock", Runtime: "/run/accel/lazyfs", Stargz: []string{"*/**"},
+		},
 		Containerd: nodeContainerdConfig{
 			ConfigDir: install.DefaultConfigDir, Config: install.DefaultContainerdConfig, Socket: "/run/containerd/containerd.sock",
 		},
@@ -178,6 +197,16 @@ func (c *nodeConfig) finish() error {
 	check(c.Pulls.Quiet > 0, "pulls.quiet %s: must be positive", c.Pulls.Quiet)
 	check(c.Pulls.MaxSpooled > 0, "pulls.max_spooled %d: must be positive", c.Pulls.MaxSpooled)
 	check(c.Warm.Concurrency > 0, "warm.concurrency %d: want at least 1", c.Warm.Concurrency)
+	check(c.Lazy == "on" || c.Lazy == "off", "lazy %q: want on or off", c.Lazy)
+	for key, globs := range map[string][]string{"snapshotter.except": c.Snapshotter.Except, "snapshotter.stargz": c.Snapshotter.Stargz} {
+		for _, g := range globs {
+			err := accel.CheckRepositoryGlob(g)
+			check(err == nil, "%s: %v", key, err)
+		}
+	}
+	check(c.Snapshotter.Socket == "" || filepath.IsAbs(c.Snapshotter.Socket), "snapshotter.socket %q: want an absolute path", c.Snapshotter.Socket)
+	check(c.Snapshotter.Socket == "" || filepath.IsAbs(c.Snapshotter.Runtime), "snapshotter.runtime %q: want an absolute path", c.Snapshotter.Runtime)
+	check(len(c.Snapshotter.Runtime) <= maxRuntimeBytes, "snapshotter.runtime %q: longer than %d bytes, too long for the sockets in it", c.Snapshotter.Runtime, maxRuntimeBytes)
 	for key, d := range map[string]time.Duration{"mirror.tag_ttl": c.Mirror.TagTTL, "mirror.grant_ttl": c.Mirror.GrantTTL, "mirror.grant_grace": c.Mirror.GrantGrace} {
 		check(d >= 0, "%s %s: must not be negative", key, d)
 	}
