@@ -57,6 +57,7 @@ func (n *Node) admin(ctx context.Context) http.Handler {
 	c := &Contents{store: n.store, canonical: n.o.Registry.Canonical}
 
 	get(routes, "node", "/v1/node", "What the node is and how it does", func(context.Context, *struct{}) (Status, error) { return n.status(), nil })
+	get(routes, "mounts", "/v1/mounts", "Images of which layers are lazily mounted", func(context.Context, *struct{}) ([]MountedImage, error) { return n.mounted(), nil })
 	get(routes, "cache-usage", "/v1/cache", "How full the cache is, and what is pinned", func(ctx context.Context, _ *struct{}) (Usage, error) { return c.Usage(ctx) })
 	get(routes, "cache-blobs", "/v1/cache/blobs", "All blobs, those used last first", func(ctx context.Context, _ *struct{}) ([]Blob, error) { return c.List(ctx) })
 	get(routes, "cache-stat", "/v1/cache/content", "What there is of an image or a digest", func(ctx context.Context, in *struct {

@@ -49,6 +49,11 @@ func (c *Client) List(ctx context.Context) (blobs []Blob, err error) {
 	return blobs, c.do(ctx, http.MethodGet, "/v1/cache/blobs", nil, &blobs)
 }
 
+// Mounted lists the images that are lazily mounted.
+func (c *Client) Mounted(ctx context.Context) (images []MountedImage, err error) {
+	return images, c.do(ctx, http.MethodGet, "/v1/mounts", nil, &images)
+}
+
 // Usage says how full the store is.
 func (c *Client) Usage(ctx context.Context) (u Usage, err error) {
 	return u, c.do(ctx, http.MethodGet, "/v1/cache", nil, &u)

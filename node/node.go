@@ -25,6 +25,7 @@ import (
 	"accel/meter"
 	"accel/mirror"
 	"accel/registry"
+	"accel/snapshot"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
@@ -50,6 +51,8 @@ type Options struct {
 	// the server; zero: the meter's own defaults.
 	Quiet      time.Duration
 	MaxSpooled int
+	// Snapshotter is how images are mounted for containerd; nil: they are not.
+	Snapshotter *Snapshotter
 	// Server is told of the node and of its pulls; nil: there is none.
 	Server *api.Client
 	// Heartbeat is how often the server is told of the node; default 30 s.
@@ -73,7 +76,8 @@ type Node struct {
 	spool     *meter.Spool
 	meter     *meter.Meter
 	mirror    *mirror.Mirror
-	server    *link // nil without a server
+	server    *link   // nil without a server
+	mounts    *mounts // nil without a snapshotter
 }
 
 // Open takes the folder and makes all parts; nothing runs yet. The error wraps cache.ErrLocked when
@@ -116,7 +120,7 @@ func (n *Node) open() (err error) {
 	}
 	n.store, err = cache.Open(cache.Options{
 		Dir: storeDir(o.Dir), BudgetBytes: o.BudgetBytes, FreeFloorBytes: o.FreeFloorBytes,
-		Registerer: o.Metrics, Log: o.Log, Now: o.Now,
+		VerifyLayer: n.verifyLayer, Registerer: o.Metrics, Log: o.Log, Now: o.Now,
 	})
 	if err != nil {
 		return fmt.Errorf("node's folder %s: %w", o.Dir, err)
@@ -137,11 +141,24 @@ func (n *Node) open() (err error) {
 		AnswerPatience: o.AnswerPatience, StallPatience: o.StallPatience,
 		Registerer: o.Metrics, Log: o.Log, Now: o.Now,
 	})
-	if err != nil || o.Server == nil {
+	if err != nil {
 		return err
 	}
-	n.server, err = newLink(o.Server, o.Metrics, o.Log)
-	return err
+	if o.Server != nil {
+		if n.server, err = newLink(o.Server, o.Metrics, o.Log); err != nil {
+			return err
+		}
+	}
+	if o.Snapshotter != nil {
+		if n.mounts, err = n.openMounts(context.Background()); err != nil { // nothing of it waits
+			if errors.Is(err, snapshot.ErrLocked) {
+				return err
+			}
+			o.Log.Error("containerd gets no snapshots from this node; all else goes on", "error", err)
+			n.mounts = nil
+		}
+	}
+	return nil
 }
 
 // storeDir is where the store is in a node's folder.
@@ -160,6 +177,12 @@ func (n *Node) Run(ctx context.Context, mirrorListener, adminListener net.Listen
 	inner, stop := context.WithCancel(context.WithoutCancel(ctx))
 	g.Go(func() error { return n.store.Run(inner) })
 	g.Go(func() error { return n.meter.Run(inner) })
+	if n.mounts != nil {
+		if err := n.mounts.run(ctx, inner, g, n.o.Snapshotter.Socket); err != nil {
+			stop()
+			g.Go(func() error { return err })
+		}
+	}
 	if n.server != nil {
 		g.Go(func() error { return n.heartbeats(ctx) })
 		g.Go(func() error { return n.report(ctx) })
@@ -207,6 +230,9 @@ func (n *Node) serve(g *errgroup.Group, what Served) *http.Server {
 // Close gives the folder back. A Node that was never run may be closed too.
 func (n *Node) Close() error {
 	var errs []error
+	if n.mounts != nil {
+		errs = append(errs, n.mounts.close())
+	}
 	if n.spool != nil {
 		errs = append(errs, n.spool.Close())
 	}

@@ -20,14 +20,15 @@ func newNode(g *globals) *cobra.Command {
 	var checkOnly, docs bool
 	cmd := &cobra.Command{
 		Use: "node", Short: "Run the daemon of a machine that runs containers", Args: noArgs,
-		Long: `Mirrors registries for the clients of this machine from a cache on its disk, measures
-each pull, and brings images ahead where the server asks for it. It works without a server
-and while registries are away. Everything is in one YAML file (` + defaultNodeConfig + `
+		Long: `Mounts images for containerd before their content is here, mirrors registries for the
+clients of this machine from a cache on its disk, measures each pull, and brings images
+ahead where the server asks for it. It works without a server and while registries are away. Everything is in one YAML file (` + defaultNodeConfig + `
 where it is there); every key is a flag and an environment variable too: see
 docs/node.md.`,
 		Example: `  accel node --registries '[{host: registry.example}]' --server-url https://accel.example
   accel node install --config ` + defaultNodeConfig + ` --dry-run
-  accel node --config node.yaml --check-config`,
+  accel node --config node.yaml --check-config
+  accel node --lazy=off`,
 	}
 	flags := bindNode(cmd.Flags())
 	cmd.Flags().BoolVar(&checkOnly, "check-config", false, "say what is wrong with the configuration, and exit")
@@ -53,7 +54,7 @@ docs/node.md.`,
 		}
 		return runNode(cmd, conf)
 	}
-	cmd.AddCommand(newNodeInstall(g), newNodeUninstall(g))
+	cmd.AddCommand(newNodeInstall(g), newNodeUninstall(g), newNodeHolder(g))
 	return cmd
 }
 
@@ -72,6 +73,10 @@ func runNode(cmd *cobra.Command, conf nodeConfig) error {
 	if err != nil {
 		return usage(err)
 	}
+	snapshotter, err := conf.snapshotter()
+	if err != nil {
+		return err
+	}
 	metrics := prometheus.NewRegistry()
 	n, err := node.Open(node.Options{
 		Name: conf.Name, Labels: conf.Labels, Version: version(), Dir: conf.Data,
@@ -79,7 +84,7 @@ func runNode(cmd *cobra.Command, conf nodeConfig) error {
 		Registry: client, DefaultRegistry: conf.DefaultRegistry,
 		TagTTL: orNever(conf.Mirror.TagTTL), GrantTTL: orNever(conf.Mirror.GrantTTL), GrantGrace: orNever(conf.Mirror.GrantGrace),
 		AnswerPatience: conf.Mirror.AnswerTimeout, StallPatience: conf.Mirror.StallTimeout,
-		Quiet: conf.Pulls.Quiet, MaxSpooled: conf.Pulls.MaxSpooled, Server: server, Heartbeat: conf.Heartbeat, Warms: conf.Warm.Concurrency,
+		Quiet: conf.Pulls.Quiet, MaxSpooled: conf.Pulls.MaxSpooled, Server: server, Heartbeat: conf.Heartbeat, Warms: conf.Warm.Concurrency, Snapshotter: snapshotter,
 		Metrics: metrics, Log: log,
 	})
 	if errors.Is(err, cache.ErrLocked) {

@@ -18,6 +18,7 @@ import (
 	"accel"
 	"accel/api"
 	"accel/install"
+	"accel/node"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -268,6 +269,22 @@ func httpClientWith(caFile string) (*http.Client, error) {
 		Proxy: http.ProxyFromEnvironment, TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
 		ForceAttemptHTTP2: true, IdleConnTimeout: time.Minute,
 	}}, nil
+}
+
+// snapshotter is how images are mounted; nil where no socket is configured.
+func (c *nodeConfig) snapshotter() (*node.Snapshotter, error) {
+	if c.Snapshotter.Socket == "" {
+		return nil, nil
+	}
+	program, err := os.Executable()
+	if err != nil {
+		return nil, fmt.Errorf("find this program, to run the holder with: %w", err)
+	}
+	s := c.Snapshotter
+	return &node.Snapshotter{
+		Socket: s.Socket, RunDir: s.Runtime, Holder: []string{program, "node", "holder", "--dir", s.Runtime},
+		KeysFile: s.Keys, Off: c.Lazy == "off", Except: s.Except, Stargz: s.Stargz, BackgroundBytesPerSecond: int64(s.Background),
+	}, nil
 }
 
 // installation is what containerd's folder is to look like.

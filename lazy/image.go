@@ -1,0 +1,228 @@
+package lazy
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+
+	"accel"
+	"accel/cache"
+	"accel/registry"
+
+	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+)
+
+const (
+	// annotationTOC is the stock library's name for the digest of a layer's TOC
+	// (estargz.TOCJSONDigestAnnotation).
+	annotationTOC = "containerd.io/snapshot/stargz/toc.digest"
+	// maxLayers bounds an image's layers; overlayfs takes fewer.
+	maxLayers = 500
+	// maxConfigBytes bounds an image's config.
+	maxConfigBytes = 8 << 20
+)
+
+// image is an image whose every layer can be mounted.
+type image struct {
+	name     string // as it was asked for
+	manifest digest.Digest
+	layers   []layer
+	chains   map[digest.Digest]int // chain ID -> index into layers
+}
+
+// layer is one layer of an image in the form that is mounted.
+type layer struct {
+	Digest digest.Digest // of the eStargz blob
+	source digest.Digest // of the layer that containerd asks for
+	origin origin
+}
+
+func declined(format string, args ...any) error {
+	return &Declined{Reason: fmt.Sprintf(format, args...)}
+}
+
+// resolve finds out how an image is mounted. The source manifest is asked for in every case: who cannot read
+// it may not have what stands in for it either.
+func (l *Lazy) resolve(ctx context.Context, name, repository string, manifest digest.Digest) (*image, error) {
+	source, err := l.o.Registry.Source(repository, "")
+	if err != nil {
+		return nil, declined("registry of %s: %v", repository, err)
+	}
+	var (
+		g       errgroup.Group
+		content ocispec.Manifest
+		m       accel.Mapping
+		mapErr  error
+	)
+	g.Go(func() (err error) {
+		content, err = l.manifest(ctx, source, manifest)
+		return err
+	})
+	g.Go(func() error {
+		m, mapErr = l.mapping(ctx, source, manifest)
+		return nil
+	})
+	if err := g.Wait(); err != nil {
+		return nil, fmt.Errorf("the node cannot read manifest %s of %s: %w", manifest, repository, err)
+	}
+	img := &image{name: name, manifest: manifest}
+	switch {
+	case mapErr == nil:
+		err = img.fromMapping(m, content)
+	case errors.Is(mapErr, accel.ErrNotFound):
+		err = l.fromStargz(ctx, img, source, content)
+	default:
+		err = mapErr
+	}
+	return img, err
+}
+
+// fromMapping takes a mapping at its word, which is signed, as far as it speaks of this manifest.
+func (img *image) fromMapping(m accel.Mapping, content ocispec.Manifest) error {
+	if len(m.Layers) != len(content.Layers) {
+		return declined("the mapping of %s has %d layers, the manifest %d", img.manifest, len(m.Layers), len(content.Layers))
+	}
+	diffIDs := make([]digest.Digest, len(m.Layers))
+	for i, lm := range m.Layers {
+		if lm.Source != content.Layers[i].Digest {
+			return declined("the mapping of %s has %s as layer %d, the manifest %s", img.manifest, lm.Source, i, content.Layers[i].Digest)
+		}
+		if lm.TOCDigest == "" {
+			return declined("layer %s was not converted", lm.Source)
+		}
+		diffIDs[i] = lm.DiffID
+		img.layers = append(img.layers, layer{Digest: lm.Target, source: lm.Source, origin: origin{
+			Repositories: []string{m.TargetRepository}, SizeBytes: lm.TargetBytes, TOCDigest: lm.TOCDigest, TOCOffset: lm.TOCOffset, Signed: true,
+		}})
+	}
+	img.chain(diffIDs)
+	return nil
+}
+
+// chain notes by which chain IDs containerd asks for the layers.
+func (img *image) chain(diffIDs []digest.Digest) {
+	img.chains = make(map[digest.Digest]int, len(diffIDs))
+	for i, id := range identity.ChainIDs(slices.Clone(diffIDs)) {
+		img.chains[id] = i
+	}
+}
+
+// fromStargz takes an image that is eStargz itself. Its config says which DiffIDs its layers have, and is not
+// believed for good.
+func (l *Lazy) fromStargz(ctx context.Context, img *image, source *registry.Source, content ocispec.Manifest) error {
+	if !l.allows(l.o.Stargz, source.Repository()) {
+		return declined("no converted form of %s is known, and repository %s is not allowed to be mounted as it is", img.manifest, source.Repository())
+	}
+	for _, d := range content.Layers {
+		toc, err := digest.Parse(d.Annotations[annotationTOC])
+		if err != nil {
+			return declined("no converted form of %s is known, and layer %s is not eStargz", img.manifest, d.Digest)
+		}
+		o := origin{Repositories: []string{source.Repository()}, SizeBytes: d.Size, TOCDigest: toc, TOCOffset: -1}
+		if at, err := strconv.ParseInt(d.Annotations[accel.AnnotationTOCOffset], 10, 64); err == nil && at > 0 && at < d.Size {
+			o.TOCOffset = at
+		}
+		img.layers = append(img.layers, layer{Digest: d.Digest, source: d.Digest, origin: o})
+	}
+	diffIDs, err := l.diffIDs(ctx, source, content.Config)
+	if err != nil {
+		return err
+	}
+	if len(diffIDs) != len(img.layers) {
+		return declined("image %s has %d layers and %d DiffIDs", img.manifest, len(img.layers), len(diffIDs))
+	}
+	img.chain(diffIDs)
+	for chain, i := range img.chains {
+		img.layers[i].origin.Claims = append(img.layers[i].origin.Claims, claim{DiffID: diffIDs[i], Chain: chain})
+	}
+	return nil
+}
+
+// diffIDs reads them from the image's config.
+func (l *Lazy) diffIDs(ctx context.Context, source *registry.Source, config ocispec.Descriptor) ([]digest.Digest, error) {
+	if config.Digest.Validate() != nil || config.Size <= 0 || config.Size > maxConfigBytes {
+		return nil, declined("config %q of %d bytes", config.Digest, config.Size)
+	}
+	raw, err := l.small(ctx, source, config.Digest, config.Size)
+	if err != nil {
+		return nil, fmt.Errorf("image config: %w", err)
+	}
+	var image ocispec.Image
+	if err := json.Unmarshal(raw, &image); err != nil {
+		return nil, declined("config %s: %v", config.Digest, err)
+	}
+	for _, d := range image.RootFS.DiffIDs {
+		if d.Validate() != nil {
+			return nil, declined("config %s: DiffID %q", config.Digest, d)
+		}
+	}
+	return image.RootFS.DiffIDs, nil
+}
+
+// small brings a blob of a few MiB, checked against its digest.
+func (l *Lazy) small(ctx context.Context, source *registry.Source, d digest.Digest, sizeBytes int64) ([]byte, error) {
+	r, err := source.Range(ctx, d, sizeBytes, 0, sizeBytes)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := io.ReadAll(io.LimitReader(r, sizeBytes))
+	if err := errors.Join(err, r.Close()); err != nil {
+		return nil, err
+	}
+	if d.Algorithm().FromBytes(raw) != d {
+		return nil, fmt.Errorf("%w: blob %s", cache.ErrDigest, d)
+	}
+	return raw, nil
+}
+
+// manifest brings a platform manifest: from the store, where that repository is known to hold it, or
+// from the registry.
+func (l *Lazy) manifest(ctx context.Context, source *registry.Source, d digest.Digest) (content ocispec.Manifest, err error) {
+	held, err := l.o.Store.Manifest(d)
+	if err != nil || !l.o.Store.Linked(source.Repository(), d) {
+		raw, desc, err := source.Manifest(ctx, d.String())
+		if err != nil {
+			return content, err
+		}
+		held = cache.Manifest{Digest: d, MediaType: string(desc.MediaType), Raw: raw}
+		if err := errors.Join(l.o.Store.PutManifest(held), l.o.Store.Link(source.Repository(), d)); err != nil {
+			l.o.Log.Warn("the cache takes nothing in", "manifest", d, "error", err)
+		}
+	}
+	if !types.MediaType(held.MediaType).IsImage() {
+		return content, declined("%s is a %s, not an image", d, held.MediaType)
+	}
+	if err := json.Unmarshal(held.Raw, &content); err != nil {
+		return content, declined("manifest %s: %v", d, err)
+	}
+	if len(content.Layers) == 0 || len(content.Layers) > maxLayers {
+		return content, declined("manifest %s has %d layers", d, len(content.Layers))
+	}
+	return content, nil
+}
+
+// envelope reads the mapping out of an artifact's manifest.
+func (l *Lazy) envelope(ctx context.Context, source *registry.Source, d digest.Digest) (string, error) {
+	raw, _, err := source.Manifest(ctx, d.String())
+	if err != nil {
+		return "", err
+	}
+	var artifact ocispec.Manifest
+	if err := json.Unmarshal(raw, &artifact); err != nil {
+		return "", fmt.Errorf("%w: artifact %s: %w", accel.ErrInvalid, d, err)
+	}
+	return artifact.Annotations[accel.AnnotationMapping], nil
+}
+
+// allows reports whether one of the globs matches.
+func (l *Lazy) allows(globs []string, repository string) bool {
+	return slices.ContainsFunc(globs, func(g string) bool { return accel.MatchRepository(g, repository) })
+}

@@ -1,0 +1,130 @@
+package lazy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"accel"
+	"accel/trust"
+)
+
+// keysAgain is how soon the server is asked for its keys again when one signed that
+// is not known.
+const keysAgain = 30 * time.Second
+
+// Keys are the public keys whose mappings are believed: those of a file, and those that the
+// server says are its own. The latter are kept on disk, for starts without the server.
+type Keys struct {
+	file, kept string
+	ask        func(context.Context) (pem []byte, err error) // nil: there is no server
+
+	mu      sync.Mutex
+	trusted []*trust.Verifier
+	askedAt time.Time
+	asking  chan struct{} // closed when the question that is under way is answered; nil: none is
+}
+
+// OpenKeys reads the keys of file (empty: none) and those that were kept in dir. ask, if not nil, gets
+// the server's keys as PEM. The error wraps accel.ErrInvalid for a file that holds no keys.
+func OpenKeys(file, dir string, ask func(context.Context) ([]byte, error)) (*Keys, error) {
+	k := &Keys{file: file, kept: filepath.Join(dir, "keys.pem"), ask: ask}
+	if file != "" {
+		pem, err := os.ReadFile(file)
+		if err != nil {
+			return nil, fmt.Errorf("public keys for mappings: %w", err)
+		}
+		v, err := trust.NewVerifier(pem)
+		if err != nil {
+			return nil, fmt.Errorf("public keys for mappings in %s: %w", file, err)
+		}
+		k.trusted = append(k.trusted, v)
+	}
+	if ask == nil {
+		return k, nil
+	}
+	pem, err := os.ReadFile(k.kept)
+	if errors.Is(err, fs.ErrNotExist) {
+		return k, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the server's public keys: %w", err)
+	}
+	if v, err := trust.NewVerifier(pem); err == nil { // a damaged file is replaced when the server answers
+		k.trusted = append(k.trusted, v)
+	}
+	return k, nil
+}
+
+// Verify checks an envelope with all keys. Where none fits, the server is asked for its keys
+// again, but not more often than every 30 s. The errors are trust.Verifier's.
+func (k *Keys) Verify(ctx context.Context, envelope []byte) (accel.Mapping, error) {
+	m, err := k.verify(ctx, envelope)
+	if err == nil || !errors.Is(err, accel.ErrUnauthenticated) || !k.refresh(ctx) {
+		return m, err
+	}
+	return k.verify(ctx, envelope)
+}
+
+func (k *Keys) verify(ctx context.Context, envelope []byte) (m accel.Mapping, err error) {
+	k.mu.Lock()
+	trusted := k.trusted
+	k.mu.Unlock()
+	err = fmt.Errorf("%w: no key is trusted: configure a server or a file of keys", accel.ErrUnauthenticated)
+	for _, v := range trusted {
+		if m, err = v.Verify(ctx, envelope); err == nil || !errors.Is(err, accel.ErrUnauthenticated) {
+			return m, err
+		}
+	}
+	return m, err
+}
+
+// refresh gets the server's keys anew, once for all who wait for them; false where nothing can have
+// changed.
+func (k *Keys) refresh(ctx context.Context) bool {
+	k.mu.Lock()
+	if k.ask == nil {
+		k.mu.Unlock()
+		return false
+	}
+	if under := k.asking; under != nil {
+		k.mu.Unlock()
+		select {
+		case <-under:
+			return true
+		case <-ctx.Done():
+			return false
+		}
+	}
+	if time.Since(k.askedAt) < keysAgain {
+		k.mu.Unlock()
+		return false
+	}
+	k.asking = make(chan struct{})
+	k.mu.Unlock()
+	pem, err := k.ask(ctx)
+	var v *trust.Verifier
+	if err == nil {
+		v, err = trust.NewVerifier(pem)
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	close(k.asking)
+	k.asking = nil
+	if err != nil {
+		return false // asked again at the next chance
+	}
+	k.askedAt = time.Now()
+	if k.file != "" {
+		k.trusted = []*trust.Verifier{k.trusted[0], v}
+	} else {
+		k.trusted = []*trust.Verifier{v}
+	}
+	_ = writeFile(k.kept, pem) // without it, the next start asks the server
+	return true
+}

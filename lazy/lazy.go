@@ -1,0 +1,323 @@
+package lazy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"accel"
+	"accel/api"
+	"accel/cache"
+	"accel/internal/keylock"
+	"accel/lazyfs"
+	"accel/prefetch"
+	"accel/registry"
+	"accel/snapshot"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+)
+
+// Declined is why an image is not mounted lazily; containerd pulls it as ever.
+type Declined = snapshot.Declined
+
+const (
+	// resolveTime bounds finding an image's form and its TOCs. containerd is answered earlier; what comes
+	// later is there for the next pull.
+	resolveTime = time.Minute
+	// knownTime is how long an image that can be mounted is known without asking again,
+	// lackingTime one that has no form for it, and troubleTime one that could not be looked at.
+	knownTime, lackingTime, troubleTime = 10 * time.Minute, time.Minute, 15 * time.Second
+	// maxAnswers about images are remembered.
+	maxAnswers = 1024
+	// opening layers at a time: a TOC of 30,000 files takes some 40 MB while its files are made.
+	openings = 4
+	// idleTime is how long a layer that was prepared, and is not mounted, stays open.
+	idleTime = 2 * time.Minute
+)
+
+// Options of Lazy. Dir, RunDir, Store, Registry, Keys and Holder are required.
+type Options struct {
+	Dir string // keeps what has to survive a boot
+	// RunDir is a short path on tmpfs: the holder's socket and mounts.
+	RunDir  string
+	Version string
+	// Holder is the command that runs the holder process (lazyfs.Options.Holder).
+	Holder   []string
+	Store    *cache.Store
+	Registry *registry.Client
+	Server   *api.Client // nil: mappings come from registries alone
+	Keys     *Keys
+	// Off makes every new pull an ordinary one; what is mounted stays.
+	Off bool
+	// Except are globs of repositories ("host/path") that are never mounted lazily, Stargz those whose
+	// images may be mounted as they are where they are eStargz themselves.
+	Except, Stargz []string
+	// BackgroundBytesPerSecond bounds what is fetched before it is read; 0: what is left of the
+	// network; negative: nothing is.
+	BackgroundBytesPerSecond int64
+	// SetAside is told of a layer whose image lied about its DiffID, by the chain ID that containerd
+	// knows it by. Nothing may use it any more.
+	SetAside func(ctx context.Context, chain digest.Digest, reason string) error
+	// Remount mounts layers again whose holder has died, for the containers to come.
+	Remount func(ctx context.Context, layers []digest.Digest) error
+	// Record takes each lazy pull that was measured; nil: nobody wants to know.
+	Record     func(accel.Pull)
+	Registerer prometheus.Registerer // nil: no metrics
+	Log        *slog.Logger          // nil: slog.Default
+}
+
+// Lazy mounts layers before their content is there. It is what package snapshot asks.
+type Lazy struct {
+	o       Options
+	metrics *metrics
+	host    *lazyfs.Host
+	filler  *prefetch.Filler
+	origins origins
+	locks   keylock.Mutex // one for each layer
+	slots   chan struct{}
+	checks  chan digest.Digest // complete layers whose DiffID is to be computed
+	pulls   pulls
+	rates   rates
+
+	mu      sync.Mutex
+	running context.Context // Run's; nil: it does not run
+	work    sync.WaitGroup  // what was begun under it
+	answers *lru.Cache[imageKey, *answer]
+	open    map[digest.Digest]*openLayer
+}
+
+// openLayer is a layer that the mounts have, or are about to.
+type openLayer struct {
+	*lazyfs.Layer
+	stored *cache.Layer
+	origin origin
+	at     time.Time
+}
+
+type imageKey struct {
+	repository string
+	manifest   digest.Digest
+}
+
+// answer is what is known of an image. What is below done may be read when that is closed.
+type answer struct {
+	done chan struct{}
+	img  *image
+	err  error
+	at   time.Time
+	// refusedUntil: somebody did not wait for it, so that the image is pulled as ever; under Lazy.mu.
+	refusedUntil time.Time
+}
+
+// New makes all parts; nothing runs yet.
+func New(o Options) (*Lazy, error) {
+	if o.Log == nil {
+		o.Log = slog.Default()
+	}
+	if o.Dir == "" || o.RunDir == "" || o.Store == nil || o.Registry == nil || o.Keys == nil || len(o.Holder) == 0 {
+		return nil, fmt.Errorf("%w: lazy mounts need folders, a store, registries, keys and a holder", accel.ErrInvalid)
+	}
+	l := &Lazy{o: o, origins: origins{filepath.Join(o.Dir, "origins")}, slots: make(chan struct{}, openings), checks: make(chan digest.Digest, 1024), open: map[digest.Digest]*openLayer{}}
+	l.pulls = pulls{record: o.Record, counts: l.counts, under: map[digest.Digest]*pull{}}
+	if o.Record == nil {
+		l.pulls.record = func(accel.Pull) {}
+	}
+	err := os.MkdirAll(l.origins.dir, 0o700)
+	if err != nil {
+		return nil, err
+	}
+	if l.metrics, err = newMetrics(o.Registerer, l); err != nil {
+		return nil, err
+	}
+	if l.answers, err = lru.New[imageKey, *answer](maxAnswers); err != nil {
+		return nil, err
+	}
+	l.filler = prefetch.New(prefetch.Options{BackgroundBytesPerSecond: o.BackgroundBytesPerSecond, Registerer: o.Registerer, Log: o.Log})
+	l.host, err = lazyfs.NewHost(lazyfs.Options{
+		Dir: o.RunDir, Version: o.Version, Holder: o.Holder, Filler: filler{l.filler}, HolderDied: l.holderDied, Log: o.Log,
+	})
+	return l, err
+}
+
+// filler has the mounts' holes filled.
+type filler struct{ *prefetch.Filler }
+
+func (f filler) Fill(ctx context.Context, l *lazyfs.Layer, first, n int) error {
+	return f.Filler.Fill(ctx, l.Digest(), first, n)
+}
+
+// Adopt opens the layers that are mounted, by an earlier daemon or before a boot, as far as they are in the
+// store. It comes before Run.
+func (l *Lazy) Adopt(ctx context.Context, layers []digest.Digest) error {
+	for _, d := range layers {
+		if err := l.adopt(ctx, d); err != nil && !errors.Is(err, accel.ErrNotFound) {
+			l.o.Log.Error("a mounted layer cannot be opened; reads of what it lacks fail", "layer", d, "error", err)
+		}
+	}
+	return l.origins.sweep(func(d digest.Digest) bool {
+		_, err := l.o.Store.Layer(d)
+		return err == nil
+	})
+}
+
+func (l *Lazy) adopt(ctx context.Context, d digest.Digest) error {
+	stored, err := l.o.Store.Layer(d)
+	if err != nil {
+		return err
+	}
+	unlock, err := l.locks.Lock(ctx, d.String())
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	o, err := l.origins.get(d)
+	if err != nil {
+		return err
+	}
+	return l.add(d, stored, o)
+}
+
+// Run serves mounts and fills them until ctx ends. Mounts and the holder stay.
+func (l *Lazy) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	l.mu.Lock()
+	l.running = ctx
+	l.mu.Unlock()
+	g.Go(func() error { return l.filler.Run(ctx) })
+	g.Go(func() error { return l.host.Run(ctx) })
+	g.Go(func() error { return l.sweep(ctx) })
+	g.Go(func() error { return l.check(ctx) })
+	g.Go(func() error { return l.measure(ctx) })
+	g.Go(func() error {
+		if err := l.host.Retire(ctx); err != nil && ctx.Err() == nil {
+			l.o.Log.Warn("holders of older versions stay", "error", err)
+		}
+		return nil
+	})
+	err := g.Wait()
+	l.work.Wait()
+	return err
+}
+
+// Close gives the mounts' files back; the mounts stay.
+func (l *Lazy) Close() error { return l.host.Close() }
+
+// Layer implements snapshot.Images: which layer is to be mounted for one of an image.
+func (l *Lazy) Layer(ctx context.Context, r snapshot.Request) (snapshot.Lazy, error) {
+	if l.o.Off {
+		return snapshot.Lazy{}, declined("lazy mounts are turned off on this node")
+	}
+	ref, err := accel.ParseReference(r.Reference)
+	if err != nil {
+		return snapshot.Lazy{}, declined("image: %v", err)
+	}
+	if ref.Registry, err = l.o.Registry.Canonical(ref.Registry); err != nil {
+		return snapshot.Lazy{}, declined("image %s: %v", r.Reference, err)
+	}
+	if l.allows(l.o.Except, ref.Name()) {
+		return snapshot.Lazy{}, declined("lazy mounts are turned off for repository %s", ref.Name())
+	}
+	if r.Manifest.Validate() != nil {
+		return snapshot.Lazy{}, declined("containerd does not say which manifest of %s it pulls: are annotations for snapshotters disabled?", r.Reference)
+	}
+	img, err := l.image(ctx, imageKey{ref.Name(), r.Manifest}, r.Reference)
+	if err != nil {
+		return snapshot.Lazy{}, err
+	}
+	i, known := img.chains[r.Chain]
+	if !known || img.layers[i].source != r.Layer {
+		return snapshot.Lazy{}, declined("layer %s is not one of image %s under chain ID %s", r.Layer, r.Reference, r.Chain)
+	}
+	l.pulls.asked(img)
+	return snapshot.Lazy{Layer: img.layers[i].Digest}, nil
+}
+
+// image answers once for all layers of an image. Who does not wait until the answer is there makes it a no.
+func (l *Lazy) image(ctx context.Context, key imageKey, name string) (*image, error) {
+	a, err := l.ask(key, name)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case <-a.done:
+		return a.img, a.err
+	case <-ctx.Done():
+		l.mu.Lock()
+		a.refusedUntil = time.Now().Add(lackingTime)
+		l.mu.Unlock()
+		return nil, declined("%s could not be looked at in time; what comes late is for the next pull", name)
+	}
+}
+
+// ask returns the answer that there is, or begins to find one.
+func (l *Lazy) ask(key imageKey, name string) (*answer, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.running == nil || l.running.Err() != nil {
+		return nil, declined("the node is starting or stopping")
+	}
+	now := time.Now()
+	if a, ok := l.answers.Get(key); ok {
+		if now.Before(a.refusedUntil) {
+			return nil, declined("%s is being pulled as ever", name)
+		}
+		if a.fresh(now) {
+			return a, nil
+		}
+	}
+	a := &answer{done: make(chan struct{})}
+	l.answers.Add(key, a)
+	running := l.running
+	l.work.Go(func() {
+		defer close(a.done)
+		ctx, cancel := context.WithTimeout(running, resolveTime)
+		defer cancel()
+		a.img, a.err = l.resolve(ctx, name, key.repository, key.manifest)
+		if a.err == nil {
+			a.err = l.prepare(ctx, a.img)
+		}
+		a.at = time.Now()
+		l.metrics.count(a.img, a.err)
+		l.tell(name, key.manifest, a.err)
+	})
+	return a, nil
+}
+
+// tell says once for each look at an image why it is not mounted lazily.
+func (l *Lazy) tell(name string, manifest digest.Digest, err error) {
+	var no *Declined
+	switch {
+	case errors.As(err, &no):
+		l.o.Log.Info("an image is not mounted lazily", "image", name, "manifest", manifest, "reason", no.Reason)
+	case err != nil:
+		l.o.Log.Warn("an image cannot be mounted lazily", "image", name, "manifest", manifest, "error", err)
+	default:
+		l.o.Log.Debug("an image can be mounted lazily", "image", name, "manifest", manifest)
+	}
+}
+
+// fresh reports whether the answer still counts, or is being looked for.
+func (a *answer) fresh(now time.Time) bool {
+	select {
+	case <-a.done:
+	default:
+		return true
+	}
+	var no *Declined
+	switch {
+	case a.err == nil:
+		return now.Sub(a.at) < knownTime
+	case errors.As(a.err, &no):
+		return now.Sub(a.at) < lackingTime
+	default:
+		return now.Sub(a.at) < troubleTime
+	}
+}

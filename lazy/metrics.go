@@ -1,0 +1,74 @@
+package lazy
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// metrics of lazy mounts; what fills them has its own.
+type metrics struct {
+	images       *prometheus.CounterVec
+	refused      prometheus.Counter
+	liars        prometheus.Counter
+	holderDeaths prometheus.Counter
+}
+
+func newMetrics(r prometheus.Registerer, l *Lazy) (*metrics, error) {
+	m := &metrics{
+		images:       prometheus.NewCounterVec(prometheus.CounterOpts{Name: "accel_lazy_images_total", Help: "Images that were looked at, by how they can be mounted."}, []string{"answer"}),
+		refused:      prometheus.NewCounter(prometheus.CounterOpts{Name: "accel_lazy_refused_mappings_total", Help: "Mappings that no trusted key signed for the manifest that they were found with."}),
+		liars:        prometheus.NewCounter(prometheus.CounterOpts{Name: "accel_lazy_false_diff_ids_total", Help: "Images whose config claims another DiffID than a layer of theirs has; their snapshots were set aside."}),
+		holderDeaths: prometheus.NewCounter(prometheus.CounterOpts{Name: "accel_lazy_holder_deaths_total", Help: "Holder processes that ended with mounts of theirs in use."}),
+	}
+	for _, answer := range []string{"mapping", "stargz", "declined", "error"} {
+		m.images.WithLabelValues(answer)
+	}
+	if r == nil {
+		return m, nil
+	}
+	layers := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "accel_lazy_open_layers", Help: "Layers that are mounted or about to be."}, func() float64 {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return float64(len(l.open))
+	})
+	for _, c := range []prometheus.Collector{m.images, m.refused, m.liars, m.holderDeaths, layers} {
+		if err := r.Register(c); err != nil {
+			return nil, fmt.Errorf("register metrics: %w", err)
+		}
+	}
+	return m, nil
+}
+
+// count notes how an image was answered for.
+func (m *metrics) count(img *image, err error) {
+	var no *Declined
+	switch {
+	case errors.As(err, &no):
+		m.images.WithLabelValues("declined").Inc()
+	case err != nil:
+		m.images.WithLabelValues("error").Inc()
+	case img.layers[0].origin.Signed:
+		m.images.WithLabelValues("mapping").Inc()
+	default:
+		m.images.WithLabelValues("stargz").Inc()
+	}
+}
+
+// holderDied is told by the host. Containers that run get I/O errors for what they read from then on; those to
+// come are mounted anew.
+func (l *Lazy) holderDied(layers []digest.Digest) {
+	l.metrics.holderDeaths.Inc()
+	l.o.Log.Error("the process that serves lazy mounts has died: running containers get I/O errors for what they had not read; new ones are not affected", "layers", len(layers))
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if ctx := l.running; ctx != nil && ctx.Err() == nil && l.o.Remount != nil {
+		l.work.Go(func() {
+			if err := l.o.Remount(ctx, layers); err != nil && ctx.Err() == nil {
+				l.o.Log.Error("layers could not be mounted anew; they are tried again when a container asks for them", "error", err)
+			}
+		})
+	}
+}

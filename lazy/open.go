@@ -1,0 +1,269 @@
+package lazy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"accel"
+	"accel/cache"
+	"accel/lazyfs"
+	"accel/prefetch"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
+)
+
+// prepare opens all layers of an image at once, so that mounting them takes no time, and
+// filling them has begun.
+func (l *Lazy) prepare(ctx context.Context, img *image) error {
+	g, ctx := errgroup.WithContext(ctx)
+	for _, y := range img.layers {
+		g.Go(func() error { return l.openLayer(ctx, y.Digest, &y.origin) })
+	}
+	return g.Wait()
+}
+
+// openLayer makes a layer ready to be mounted. said is what an image says of it; nil: what is known
+// already has to do.
+func (l *Lazy) openLayer(ctx context.Context, d digest.Digest, said *origin) error {
+	unlock, err := l.locks.Lock(ctx, d.String())
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	o, err := l.knownOrigin(d, said)
+	if err != nil {
+		return err
+	}
+	l.mu.Lock()
+	y := l.open[d]
+	if y != nil {
+		y.origin, y.at = o, time.Now()
+	}
+	l.mu.Unlock()
+	if y != nil {
+		y.stored.Use()
+		l.wantCheck(y)
+		return nil
+	}
+	stored, err := l.o.Store.Layer(d)
+	if errors.Is(err, accel.ErrNotFound) {
+		stored, err = l.create(ctx, d, &o)
+	}
+	if err != nil {
+		return err
+	}
+	stored.Use()
+	return l.add(d, stored, o)
+}
+
+// knownOrigin joins what is said of a layer with what is known, and keeps it.
+func (l *Lazy) knownOrigin(d digest.Digest, said *origin) (origin, error) {
+	known, err := l.origins.get(d)
+	if said == nil || err != nil && !errors.Is(err, accel.ErrNotFound) {
+		return known, err
+	}
+	o := *said
+	if err == nil {
+		if o, err = known.join(*said); err != nil {
+			return o, declined("%v", err)
+		}
+	}
+	for _, c := range o.Claims {
+		if o.DiffID != "" && c.DiffID != o.DiffID {
+			return o, declined("layer %s has DiffID %s, not %s as the image says", d, o.DiffID, c.DiffID)
+		}
+	}
+	if err != nil || !o.equal(known) {
+		if err := l.origins.put(d, o); err != nil {
+			return o, fmt.Errorf("keep where layer %s comes from: %w", d, err)
+		}
+	}
+	return o, nil
+}
+
+// create makes a layer's files in the store from its TOC. It completes o.
+func (l *Lazy) create(ctx context.Context, d digest.Digest, o *origin) (*cache.Layer, error) {
+	select {
+	case l.slots <- struct{}{}:
+		defer func() { <-l.slots }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	packed, json, offset, err := l.fetchTOC(ctx, d, *o)
+	if err != nil {
+		return nil, err
+	}
+	o.TOCOffset = offset
+	layout, err := lazyfs.Build(json, offset)
+	if err != nil {
+		return nil, declined("layer %s: %v", d, err)
+	}
+	info := cache.LayerInfo{Chunks: layout.Chunks(), DataBytes: layout.DataBytes(), FilesBytes: layout.FilesBytes() + int64(len(packed))}
+	return l.o.Store.CreateLayer(ctx, d, info, func(f cache.LayerFiles) error {
+		if err := os.WriteFile(f.TOC, packed, 0o600); err != nil {
+			return err
+		}
+		return layout.Store(lazyfs.Files{Meta: f.Meta, Table: f.Table, Data: f.Data})
+	})
+}
+
+// fetchTOC tries the repositories that have the layer.
+func (l *Lazy) fetchTOC(ctx context.Context, d digest.Digest, o origin) (packed, json []byte, offset int64, err error) {
+	for _, repository := range o.Repositories {
+		source, sourceErr := l.o.Registry.Source(repository, "")
+		if sourceErr != nil {
+			err = errors.Join(err, sourceErr)
+			continue
+		}
+		var tocErr error
+		if packed, json, offset, tocErr = l.toc(ctx, source, d, o); tocErr == nil {
+			return packed, json, offset, nil
+		}
+		err = errors.Join(err, tocErr)
+	}
+	return nil, nil, 0, err
+}
+
+// add gives an open layer to the mounts and to what fills them. The caller holds the layer's lock.
+func (l *Lazy) add(d digest.Digest, stored *cache.Layer, o origin) error {
+	f := stored.Files()
+	layer, err := l.host.Add(d, lazyfs.Files{Meta: f.Meta, Table: f.Table, Data: f.Data}, stored.Has())
+	if err != nil {
+		return fmt.Errorf("open layer %s: %w", d, err)
+	}
+	y := &openLayer{Layer: layer, stored: stored, origin: o, at: time.Now()}
+	l.mu.Lock()
+	l.open[d] = y
+	l.mu.Unlock()
+	err = l.filler.Add(prefetch.Layer{
+		Content: layer, Source: &source{l, y, d},
+		Reserve:   stored.Reserve,
+		Persist:   stored.Commit,
+		Completed: func() { l.completed(y) },
+		OnDemand: func(_, _ int, _ time.Duration, _ int64, err error) {
+			if err == nil {
+				l.pulls.answered(d)
+			}
+		},
+	})
+	if err != nil {
+		return err
+	}
+	l.wantCheck(y)
+	return nil
+}
+
+// completed turns new mounts to the plain file.
+func (l *Lazy) completed(y *openLayer) {
+	l.mu.Lock()
+	ctx := l.running
+	l.mu.Unlock()
+	if err := l.host.Complete(ctx, y.Digest()); err != nil && ctx.Err() == nil {
+		l.o.Log.Warn("a complete layer is served through the holder still", "layer", y.Digest(), "error", err)
+	}
+	l.wantCheck(y)
+}
+
+// Mount implements snapshot.Mounts. The layer is pinned by then.
+func (l *Lazy) Mount(ctx context.Context, d digest.Digest, target string) error {
+	if err := l.openLayer(ctx, d, nil); err != nil {
+		return err
+	}
+	err := l.host.Mount(ctx, d, target)
+	if errors.Is(err, lazyfs.ErrDamaged) {
+		l.o.Log.Error("a layer's files are damaged; they are made anew", "layer", d, "error", err)
+		if err := l.drop(ctx, d); err != nil {
+			return err
+		}
+		if err := l.openLayer(ctx, d, nil); err != nil {
+			return err
+		}
+		err = l.host.Mount(ctx, d, target)
+	}
+	if err == nil {
+		l.pulls.mounted(d)
+	}
+	return err
+}
+
+// Unmount implements snapshot.Mounts.
+func (l *Lazy) Unmount(ctx context.Context, target string) error { return l.host.Unmount(ctx, target) }
+
+// sweep closes layers that are not mounted, so that the store may evict them.
+func (l *Lazy) sweep(ctx context.Context) error {
+	tick := time.NewTicker(idleTime / 8)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		mounted := map[digest.Digest]bool{}
+		for _, m := range l.host.Mounts() {
+			mounted[m.Digest] = true
+		}
+		var idle []digest.Digest
+		l.mu.Lock()
+		for d, y := range l.open {
+			if !mounted[d] && time.Since(y.at) > idleTime {
+				idle = append(idle, d)
+			}
+		}
+		l.mu.Unlock()
+		for _, d := range idle {
+			if err := l.closeIdle(ctx, d); err != nil && ctx.Err() == nil {
+				l.o.Log.Warn("a layer that is not mounted stays open", "layer", d, "error", err)
+			}
+		}
+	}
+}
+
+// closeIdle closes a layer unless it came into use meanwhile.
+func (l *Lazy) closeIdle(ctx context.Context, d digest.Digest) error {
+	unlock, err := l.locks.Lock(ctx, d.String())
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	l.mu.Lock()
+	y := l.open[d]
+	idle := y != nil && time.Since(y.at) > idleTime
+	l.mu.Unlock()
+	if !idle {
+		return nil
+	}
+	return l.closeLayer(ctx, d)
+}
+
+// closeLayer ends filling first, then takes the layer from the holder. The caller holds its lock.
+func (l *Lazy) closeLayer(ctx context.Context, d digest.Digest) error {
+	l.filler.Remove(d)
+	if err := l.host.Remove(ctx, d); err != nil {
+		return err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.open, d)
+	return nil
+}
+
+// drop removes a layer's files.
+func (l *Lazy) drop(ctx context.Context, d digest.Digest) error {
+	unlock, err := l.locks.Lock(ctx, d.String())
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := l.closeLayer(ctx, d); err != nil {
+		return err
+	}
+	if err := l.o.Store.DropLayer(d); err != nil && !errors.Is(err, accel.ErrNotFound) {
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,212 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"accel/cache"
+	"accel/lazy"
+	"accel/snapshot"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
+)
+
+// Snapshotter says how a node mounts images for containerd. Socket, RunDir and Holder are required; the
+// rest is as in lazy.Options.
+type Snapshotter struct {
+	Socket                   string // containerd's way to it
+	RunDir                   string
+	Holder                   []string
+	KeysFile                 string // public keys beside the server's; empty: none
+	Off                      bool
+	Except, Stargz           []string
+	BackgroundBytesPerSecond int64
+}
+
+// mounts are a node's lazy mounts: what containerd asks, and what mounts.
+type mounts struct {
+	*snapshot.Snapshotter
+	lazy *lazy.Lazy
+}
+
+// snapshotsDir is where containerd's snapshots are in a node's folder.
+func snapshotsDir(dir string) string { return filepath.Join(dir, "snapshots") }
+
+// openMounts makes the snapshotter and what it mounts with. Layers that are mounted are pinned and
+// adopted before anything may evict them.
+func (n *Node) openMounts(ctx context.Context) (_ *mounts, err error) {
+	o := n.o.Snapshotter
+	var ask func(context.Context) ([]byte, error)
+	if n.o.Server != nil {
+		ask = func(ctx context.Context) ([]byte, error) {
+			set, err := n.o.Server.Keys(ctx)
+			return []byte(set.PEM), err
+		}
+	}
+	keys, err := lazy.OpenKeys(o.KeysFile, n.o.Dir, ask)
+	if err != nil {
+		return nil, err
+	}
+	m := &mounts{}
+	m.lazy, err = lazy.New(lazy.Options{
+		Dir: filepath.Join(n.o.Dir, "lazy"), RunDir: o.RunDir, Version: n.o.Version, Holder: o.Holder,
+		Store: n.store, Registry: n.o.Registry, Server: n.o.Server, Keys: keys,
+		Off: o.Off, Except: o.Except, Stargz: o.Stargz, BackgroundBytesPerSecond: o.BackgroundBytesPerSecond,
+		SetAside: m.setAside, Remount: m.remount, Record: n.meter.Record, Registerer: n.o.Metrics, Log: n.o.Log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.close())
+		}
+	}()
+	m.Snapshotter, err = snapshot.Open(ctx, snapshot.Options{
+		Dir: snapshotsDir(n.o.Dir), Images: m.lazy, Mounts: m.lazy, Pins: n.store, RemapIDs: snapshot.CanRemapIDs(),
+		Registerer: n.o.Metrics, Log: n.o.Log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	owners := m.Owners()
+	if err := n.store.ReplacePins(snapshotPins, owners); err != nil {
+		return nil, fmt.Errorf("pin what is mounted: %w", err)
+	}
+	var layers []digest.Digest
+	for _, held := range owners {
+		layers = append(layers, held...)
+	}
+	return m, m.lazy.Adopt(ctx, layers)
+}
+
+// snapshotPins is what the owners of the snapshots' pins begin with.
+var snapshotPins = snapshot.Owner("")
+
+// close gives back what was opened.
+func (m *mounts) close() error {
+	err := m.lazy.Close()
+	if m.Snapshotter != nil {
+		err = errors.Join(m.Snapshotter.Close(), err)
+	}
+	return err
+}
+
+// run serves containerd until ctx ends, and fills what is mounted until inner does.
+func (m *mounts) run(ctx, inner context.Context, g *errgroup.Group, socket string) error {
+	l, err := snapshot.Listen(ctx, socket)
+	if err != nil {
+		return fmt.Errorf("%w (--snapshotter-socket)", err)
+	}
+	g.Go(func() error { return m.lazy.Run(inner) })
+	g.Go(func() error {
+		if err := m.Restore(ctx); err != nil && ctx.Err() == nil {
+			return errors.Join(fmt.Errorf("mount what was mounted: %w", err), l.Close())
+		}
+		return m.Serve(ctx, l)
+	})
+	return nil
+}
+
+// setAside ends the use of a layer whose image lied, by the chain ID that containerd has it under.
+func (m *mounts) setAside(ctx context.Context, chain digest.Digest, reason string) error {
+	var errs []error
+	for _, s := range m.Lazy() {
+		if s.Request.Chain == chain {
+			errs = append(errs, m.SetAside(ctx, s.ID, reason))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// remount mounts layers again whose holder has died, for containers to come.
+func (m *mounts) remount(ctx context.Context, layers []digest.Digest) error {
+	var errs []error
+	for _, d := range layers {
+		errs = append(errs, m.Remount(ctx, d))
+	}
+	return errors.Join(errs...)
+}
+
+// verifyLayer is the store's way to check a layer's content.
+func (n *Node) verifyLayer(ctx context.Context, d digest.Digest, f cache.LayerFiles, has func(int) bool, progress func(int64)) ([]int, error) {
+	if n.mounts == nil {
+		return lazy.VerifyLayer(ctx, d, f, has, progress)
+	}
+	return n.mounts.lazy.Verify(ctx, d, f, has, progress)
+}
+
+// MountedImage is an image that containerd has lazily mounted layers of.
+type MountedImage struct {
+	Image  string             `json:"image" doc:"as it was asked for"`
+	Digest digest.Digest      `json:"digest" doc:"of the platform's manifest that was asked for"`
+	Layers []lazy.LayerState  `json:"layers"`
+	Bad    map[string]string  `json:"bad,omitempty" doc:"snapshots on which no container can start, and why"`
+	// The sums of its layers.
+	SizeBytes    int64         `json:"sizeBytes"`
+	LocalPercent float64       `json:"localPercent"`
+	BytesPerSec  float64       `json:"bytesPerSecond"`
+	Misses       int64         `json:"misses" doc:"reads that had to wait, since the node started"`
+	Waited       time.Duration `json:"waitedNs"`
+}
+
+// Mounted lists the images that are lazily mounted.
+func (n *Node) mounted() []MountedImage {
+	if n.mounts == nil {
+		return []MountedImage{}
+	}
+	states := map[digest.Digest]lazy.LayerState{}
+	for _, s := range n.mounts.lazy.Layers() {
+		states[s.Digest] = s
+	}
+	bad := map[string]string{}
+	for _, b := range n.mounts.Bad() {
+		bad[b.ID] = b.Reason
+	}
+	type key struct {
+		reference string
+		manifest  digest.Digest
+	}
+	var order []key
+	images := map[key]*MountedImage{}
+	seen := map[key]map[digest.Digest]bool{}
+	for _, s := range n.mounts.Lazy() {
+		k := key{s.Request.Reference, s.Request.Manifest}
+		m := images[k]
+		if m == nil {
+			m = &MountedImage{Image: k.reference, Digest: k.manifest, Layers: []lazy.LayerState{}, Bad: map[string]string{}}
+			images[k], seen[k] = m, map[digest.Digest]bool{}
+			order = append(order, k)
+		}
+		if why, is := bad[s.ID]; is {
+			m.Bad[s.ID] = why
+		}
+		if state, open := states[s.Layer]; open && !seen[k][s.Layer] {
+			seen[k][s.Layer] = true
+			m.add(state)
+		}
+	}
+	all := make([]MountedImage, 0, len(order))
+	for _, k := range order {
+		m := images[k]
+		if m.SizeBytes > 0 {
+			m.LocalPercent /= float64(m.SizeBytes)
+		}
+		all = append(all, *m)
+	}
+	return all
+}
+
+// add adds a layer to an image; LocalPercent is weighed by size until all are in.
+func (m *MountedImage) add(s lazy.LayerState) {
+	m.Layers = append(m.Layers, s)
+	m.SizeBytes += s.SizeBytes
+	m.LocalPercent += s.LocalPercent * float64(s.SizeBytes)
+	m.BytesPerSec += s.BytesPerSecond
+	m.Misses += s.Misses
+	m.Waited += s.Waited
+}
