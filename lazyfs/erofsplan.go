@@ -67,7 +67,9 @@ func (m *image) setOrder() {
 		in.meta.node = dirs[i]
 		in.first = uint32(len(m.children))
 		for c := n.child; c != 0; c = m.nodes[c].next {
-			m.children = append(m.children, c)
+			if !m.nodes[c].dead {
+				m.children = append(m.children, c)
+			}
 		}
 		names := m.children[in.first:]
 		in.count = uint32(len(names))

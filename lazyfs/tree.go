@@ -3,6 +3,7 @@ package lazyfs
 import (
 	"bytes"
 	"fmt"
+	"math"
 	"path"
 	"strings"
 	"time"
@@ -20,7 +21,8 @@ const (
 	maxNameBytes  = 255
 	maxMajor      = 1<<12 - 1 // of a device
 	maxMinor      = 1<<20 - 1
-	permissionSet = 0o7777 // what of a mode is not its type
+	maxTime       = math.MaxInt64 / 1_000_000_000 // seconds, of what containerd sets: the year 2262
+	permissionSet = 0o7777                        // what of a mode is not its type
 )
 
 // tree is what a TOC's entries make of an empty directory when they are applied
@@ -57,10 +59,11 @@ type node struct {
 	parent      uint32
 	inode       uint32
 	child, next uint32 // first child and next sibling, 0 for none
-	dead        bool   // a parent of it was replaced
+	dead        bool   // it is not there: a parent of it was replaced
 	// hides: the layer has a whiteout of that name too. What it hides is in the layers
 	// below, never here.
 	hides bool
+	alone bool // a directory below which nothing of the lower layers shows
 }
 
 // inode is what one or more names stand for.
@@ -70,7 +73,7 @@ type inode struct {
 	uid, gid uint32
 	rdev     uint32
 	links    uint32
-	implicit bool   // a directory that no entry named so far
+	opaque   bool   // a directory that hides the lower layers'
 	link     string // a symlink's target, or a waiting hard link's
 	mtime    int64  // seconds since 1970
 	xattrs   uint32 // a set's number
@@ -96,7 +99,7 @@ func newTree(expect int) *tree {
 		byName: make(map[childKey]uint32, expect),
 		xattrs: newXattrSets(),
 	}
-	t.inodes[rootInode] = inode{kind: unix.S_IFDIR, mode: 0o755, implicit: true}
+	t.inodes[rootInode] = inode{kind: unix.S_IFDIR, mode: 0o755}
 	t.inodes[whiteoutInode] = inode{kind: unix.S_IFCHR}
 	t.content.file = noFile
 	return t
@@ -164,7 +167,7 @@ func (t *tree) setRoot(e *tocEntry) error {
 	if string(e.kind) != "dir" {
 		return e.invalid("is the root and no directory")
 	}
-	return t.setDir(e, &t.inodes[rootInode])
+	return t.attributes(e, &t.inodes[rootInode])
 }
 
 // place gives the entry its name.
@@ -176,7 +179,7 @@ func (t *tree) place(e *tocEntry, p []byte) error {
 	}
 	at, found := t.byName[childKey{parent, string(base)}]
 	if found && string(e.kind) == "dir" && t.isDir(at) {
-		return t.setDir(e, &t.inodes[t.nodes[at].inode])
+		return t.attributes(e, &t.inodes[t.nodes[at].inode])
 	}
 	made, err := t.make(e)
 	if err != nil {
@@ -215,7 +218,7 @@ func (t *tree) parent(e *tocEntry, dir []byte) (uint32, error) {
 	for component := range bytes.SplitSeq(dir, []byte("/")) {
 		next, found := t.byName[childKey{at, string(component)}]
 		if !found || t.nodes[next].inode == whiteoutInode {
-			made := t.addInode(inode{kind: unix.S_IFDIR, mode: 0o755, implicit: true})
+			made := t.addInode(inode{kind: unix.S_IFDIR, mode: 0o755})
 			if found {
 				t.replace(next, made)
 			} else {
@@ -336,28 +339,27 @@ func (t *tree) attributes(e *tocEntry, in *inode) error {
 	if in.kind == unix.S_IFLNK {
 		in.mode = 0o777 // there is no lchmod
 	}
-	if string(e.modTime) != t.lastTime.text {
-		at, err := time.Parse(time.RFC3339, string(e.modTime))
+	switch text := string(e.modTime); text {
+	case "":
+		in.mtime = 0 // the format leaves it out
+	case t.lastTime.text:
+		in.mtime = t.lastTime.unix
+	default:
+		at, err := time.Parse(time.RFC3339, text)
 		if err != nil {
-			return e.invalid("has the time %.40q", e.modTime)
+			return e.invalid("has the time %.40q", text)
 		}
-		t.lastTime.text, t.lastTime.unix = string(e.modTime), at.Unix()
+		if in.mtime = at.Unix(); in.mtime < 0 || in.mtime > maxTime {
+			in.mtime = 0 // as containerd sets it
+		}
+		t.lastTime.text, t.lastTime.unix = text, in.mtime
 	}
-	in.mtime = t.lastTime.unix // none at all is 0: the format leaves it out
-	if len(e.modTime) == 0 {
-		in.mtime = 0
-	}
-	set, err := t.xattrs.parse(e)
+	set, err := t.xattrs.parse(e, in.kind != unix.S_IFREG && in.kind != unix.S_IFDIR)
 	if err != nil {
 		return err
 	}
 	in.xattrs, err = t.xattrs.join(e, in.xattrs, set)
 	return err
-}
-
-func (t *tree) setDir(e *tocEntry, in *inode) error {
-	in.implicit = false
-	return t.attributes(e, in)
 }
 
 // link finds the target of a hard link. One that is not there yet is looked for at the end.

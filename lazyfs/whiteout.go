@@ -9,12 +9,6 @@ const (
 	aufsPrefix     = ".wh..wh."     // AUFS's own books
 )
 
-// What overlayfs takes for an opaque directory.
-const (
-	opaqueXattr = "trusted.overlay.opaque"
-	opaqueValue = "y"
-)
-
 // whiteout looks whether the entry is one, and applies it. It reports whether the
 // entry is done with. What is below a name of that kind is nobody's content, and
 // is left out as the stock snapshotter does.
@@ -64,18 +58,32 @@ func (t *tree) makeOpaque(e *tocEntry, in *inode) error {
 	if err != nil {
 		return err
 	}
+	in.opaque = true
 	in.xattrs, err = t.xattrs.join(e, in.xattrs, opaque)
 	return err
 }
 
-// finishWhiteouts makes the directories opaque that have a whiteout beside them.
+// finishWhiteouts makes the directories opaque that have a whiteout beside them, and
+// drops the whiteouts below opaque ones: they hide nothing, and overlayfs would
+// list their names, since it looks for whiteouts only where layers meet.
 func (t *tree) finishWhiteouts() error {
-	for i := range t.nodes {
-		if n := &t.nodes[i]; n.hides && !n.dead && t.isDir(uint32(i)) {
-			if err := t.makeOpaque(&tocEntry{name: []byte(n.name)}, &t.inodes[n.inode]); err != nil {
+	for i := range t.nodes { // parents come before what is in them
+		n := &t.nodes[i]
+		if n.dead || (!t.isDir(uint32(i)) && n.inode != whiteoutInode) {
+			continue
+		}
+		n.alone = t.nodes[n.parent].alone
+		if n.inode == whiteoutInode {
+			n.dead = n.alone
+			continue
+		}
+		in := &t.inodes[n.inode]
+		if n.hides {
+			if err := t.makeOpaque(&tocEntry{name: []byte(n.name)}, in); err != nil {
 				return err
 			}
 		}
+		n.alone = n.alone || in.opaque
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package lazyfs
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/base64"
 	"slices"
@@ -24,18 +25,28 @@ type xattr struct {
 	value  string
 }
 
-// xattrPrefixes are those that EROFS knows. One of another namespace is left out, as
-// containerd does with what the file system refuses.
+// What EROFS has for the names' beginnings.
+const (
+	userPrefix       = 1
+	aclAccessPrefix  = 2
+	aclDefaultPrefix = 3
+	trustedPrefix    = 4
+	securityPrefix   = 6
+)
+
+// xattrPrefixes are those that a layer may have. One of another namespace is left
+// out, as containerd does with what the file system refuses. So are trusted ones,
+// which containerd takes from no image: overlayfs believes them, and a layer could
+// make it show other files than it has.
 var xattrPrefixes = []struct {
 	text  string
 	index uint8
 	whole bool // the name ends with it
 }{
-	{"user.", 1, false},
-	{"system.posix_acl_access", 2, true},
-	{"system.posix_acl_default", 3, true},
-	{"trusted.", 4, false},
-	{"security.", 6, false},
+	{"user.", userPrefix, false},
+	{"system.posix_acl_access", aclAccessPrefix, true},
+	{"system.posix_acl_default", aclDefaultPrefix, true},
+	{"security.", securityPrefix, false},
 }
 
 func splitXattrName(name string) (prefix uint8, rest string, known bool) {
@@ -51,7 +62,7 @@ func splitXattrName(name string) (prefix uint8, rest string, known bool) {
 // most files have the same. Set 0 is the empty one.
 type xattrSets struct {
 	sets   [][]xattr         // sorted
-	byJSON map[string]uint32 // as TOCs write them
+	byJSON map[string]uint32 // as TOCs write them; "s" before those of special files
 	joined map[[2]uint32]uint32
 	total  int // attributes in all sets
 }
@@ -75,18 +86,24 @@ func compareXattrs(a, b xattr) int {
 	return cmp.Or(cmp.Compare(a.prefix, b.prefix), strings.Compare(a.name, b.name))
 }
 
-// parse is the set that an entry names.
-func (x *xattrSets) parse(e *tocEntry) (uint32, error) {
+// parse is the set that an entry names. Only regular files and directories can
+// have attributes of the user namespace: Linux refuses those of others, and
+// overlayfs fails to copy a file up that has them.
+func (x *xattrSets) parse(e *tocEntry, special bool) (uint32, error) {
 	if len(e.xattrs) == 0 {
 		return 0, nil
 	}
-	if known, ok := x.byJSON[string(e.xattrs)]; ok {
+	key := e.xattrs
+	if special {
+		key = append([]byte("s"), key...)
+	}
+	if known, ok := x.byJSON[string(key)]; ok {
 		return known, nil
 	}
 	values := map[string]string{}
 	total := 0
 	s := &scanner{b: e.xattrs}
-	err := s.object(func(key []byte) error {
+	err := s.object(func(name []byte) error {
 		text, err := s.text()
 		if err != nil {
 			return err
@@ -94,14 +111,14 @@ func (x *xattrSets) parse(e *tocEntry) (uint32, error) {
 		value, err := base64.StdEncoding.AppendDecode(nil, text)
 		switch {
 		case err != nil:
-			return e.invalid("has an extended attribute %.100q that is not base64", key)
-		case len(key) > maxXattrNameBytes || strings.ContainsRune(string(key), 0):
-			return e.invalid("has an extended attribute of the name %.300q", key)
+			return e.invalid("has an extended attribute %.100q that is not base64", name)
+		case len(name) > maxXattrNameBytes || bytes.IndexByte(name, 0) >= 0:
+			return e.invalid("has an extended attribute of the name %.300q", name)
 		case len(value) > maxXattrValueBytes:
 			return e.unsupported("has an extended attribute of %d bytes", len(value))
 		}
-		total += len(key) + len(value)
-		values[string(key)] = string(value)
+		total += len(name) + len(value)
+		values[string(name)] = string(value)
 		return nil
 	})
 	if err != nil {
@@ -112,7 +129,7 @@ func (x *xattrSets) parse(e *tocEntry) (uint32, error) {
 	}
 	var set []xattr
 	for name, value := range values {
-		if prefix, rest, known := splitXattrName(name); known {
+		if prefix, rest, known := splitXattrName(name); known && (!special || prefix != userPrefix) {
 			set = append(set, xattr{prefix, rest, value})
 		}
 	}
@@ -121,7 +138,7 @@ func (x *xattrSets) parse(e *tocEntry) (uint32, error) {
 	if err != nil {
 		return 0, err
 	}
-	x.byJSON[string(e.xattrs)] = number
+	x.byJSON[string(key)] = number
 	return number, nil
 }
 
@@ -169,13 +186,13 @@ func (x *xattrSets) join(e *tocEntry, first, second uint32) (uint32, error) {
 	return number, nil
 }
 
-// opaque is the set that marks a directory as opaque.
+// opaque is the set that tells overlayfs that a directory is opaque.
 func (x *xattrSets) opaque(e *tocEntry) (uint32, error) {
-	if known, ok := x.byJSON[opaqueXattr]; ok { // no JSON, so nothing that a TOC could write
+	const key = "opaque" // no JSON, so nothing that a TOC could write
+	if known, ok := x.byJSON[key]; ok {
 		return known, nil
 	}
-	prefix, rest, _ := splitXattrName(opaqueXattr)
-	number, err := x.add(e, []xattr{{prefix, rest, opaqueValue}})
-	x.byJSON[opaqueXattr] = number
+	number, err := x.add(e, []xattr{{trustedPrefix, "overlay.opaque", "y"}})
+	x.byJSON[key] = number
 	return number, err
 }

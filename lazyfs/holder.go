@@ -1,0 +1,372 @@
+package lazyfs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+)
+
+// HolderOptions configure RunHolder.
+type HolderOptions struct {
+	Dir     string // the Host's
+	Version string // the Host's
+	// Patience is how long a read that misses waits for a daemon that is away; 60 s
+	// where zero. Reads that come when that time is over wait for a tenth of it.
+	Patience time.Duration
+	// FillLimit is how long one fill may take; 5 min where zero.
+	FillLimit time.Duration
+	Log       *slog.Logger // the standard error is Dir/<version>.log
+}
+
+// idleLimit is how long a holder stays with nothing to do: no daemon, no mount.
+const idleLimit = time.Minute
+
+// A holder's directory is Dir/<version>@<pid>-<time>. In it are:
+const (
+	holderLock   = "lock" // locked by the living holder
+	holderSocket = "s"    // short: the path of a socket has 107 bytes
+	holderFuse   = "fuse" // the FUSE mount
+)
+
+// startingPrefix begins the directory's name until it is locked; the process ID follows.
+const startingPrefix = ".new-"
+
+// holder is the process that serves the layers' files. It knows no network and
+// no digests: it answers what is there, and has the daemon bring what is not.
+type holder struct {
+	o     HolderOptions
+	dir   string
+	shelf *shelf
+
+	mu      sync.Mutex
+	daemon  *peer         // nil while it is away
+	away    time.Time     // since when it is
+	back    chan struct{} // closed and replaced when a daemon comes
+	retired bool
+	opened  map[digest.Digest]bool // whose count the daemon is to be told
+	wake    chan struct{}          // something changed that may end us, or that the daemon is to be told
+	missed  bool                   // a read was given up since the daemon was here: said once
+}
+
+// RunHolder is a holder's life. It outlives the daemon that started it, ignores what
+// service managers send, and returns nil when it was retired and its last mount is gone, or when it had
+// neither a mount nor a daemon for a minute. When ctx ends it leaves the mounts dead.
+func RunHolder(ctx context.Context, o HolderOptions) (err error) {
+	if err = checkVersion(o.Version); err != nil {
+		return err
+	}
+	if o.Patience == 0 {
+		o.Patience = time.Minute
+	}
+	if o.FillLimit == 0 {
+		o.FillLimit = 5 * time.Minute
+	}
+	// A broken standard error must not end us either.
+	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGPIPE)
+	debug.SetGCPercent(25) // little lives long here; the heap may start at 1 MB
+	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-999"), 0o600); err != nil {
+		o.Log.Warn("not protected from the out-of-memory killer", "error", err)
+	}
+
+	dir := filepath.Join(o.Dir, fmt.Sprintf("%s@%d-%x", o.Version, os.Getpid(), time.Now().UnixNano()))
+	h := &holder{o: o, dir: dir, away: time.Now(), back: make(chan struct{}), opened: map[digest.Digest]bool{}, wake: make(chan struct{}, 1)}
+	h.shelf = newShelf(h.note)
+	lock, err := makeHolderDir(dir)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		err = errors.Join(err, os.RemoveAll(dir))
+		lock.Close()
+	}()
+	fuse, err := mountFuse(filepath.Join(dir, holderFuse), h.shelf, o.Log)
+	if err != nil {
+		return err
+	}
+	fuse.fill = h.fill
+	fuse.start()
+	defer h.shelf.close()
+	ending, end := context.WithCancel(ctx)
+	listener, err := listenAt(filepath.Join(dir, holderSocket))
+	if err != nil {
+		end()
+		fuse.abort()
+		return err
+	}
+	var serving sync.WaitGroup
+	serving.Go(func() { h.accept(ending, listener) })
+	for !h.mayEnd(ctx) || !h.ended(ctx, fuse) {
+	}
+	end()
+	listener.Close()
+	serving.Wait()
+	return context.Cause(ctx)
+}
+
+func checkVersion(v string) error {
+	if v == "" || len(v) > 40 || strings.ContainsAny(v, "/@\x00, \n") || v[0] == '.' {
+		return fmt.Errorf("version %q cannot be part of a path", v)
+	}
+	return nil
+}
+
+// makeHolderDir locks the directory before it gets the name by which it is found:
+// one of that name without a lock is a dead holder's.
+func makeHolderDir(dir string) (lock *os.File, err error) {
+	temp := filepath.Join(filepath.Dir(dir), fmt.Sprintf("%s%d-%x", startingPrefix, os.Getpid(), time.Now().UnixNano()))
+	if err = os.MkdirAll(filepath.Join(temp, holderFuse), 0o700); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(temp))
+		}
+	}()
+	lock, err = os.OpenFile(filepath.Join(temp, holderLock), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
+		err = os.Rename(temp, dir)
+	}
+	if err != nil {
+		lock.Close()
+		return nil, fmt.Errorf("holder directory: %w", err)
+	}
+	return lock, nil
+}
+
+// listenAt puts the socket in its place when it can be connected to.
+func listenAt(path string) (*net.UnixListener, error) {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(true)
+	return l, nil
+}
+
+// mayEnd waits until there may be a reason to end, and tells the daemon of layers
+// that were opened or released meanwhile.
+func (h *holder) mayEnd(ctx context.Context) bool {
+	idle := time.NewTimer(idleLimit)
+	defer idle.Stop()
+	select {
+	case <-ctx.Done():
+		return true
+	case <-h.wake:
+	case <-idle.C:
+	}
+	h.mu.Lock()
+	daemon := h.daemon
+	opened := h.opened
+	h.opened = map[digest.Digest]bool{}
+	retired, away := h.retired, h.away
+	h.mu.Unlock()
+	if daemon != nil {
+		for d := range opened {
+			_ = daemon.send(message{Kind: askOpens, Digest: d, N: h.shelf.opens(d)}) // gone: the next is told everything
+		}
+	}
+	if _, opens := h.shelf.list(); opens > 0 {
+		return false
+	}
+	return retired || daemon == nil && time.Since(away) >= idleLimit
+}
+
+// ended unmounts, which fails while something is open: the kernel knows better than
+// our count, and nothing can be opened after it.
+func (h *holder) ended(ctx context.Context, fuse *fuseServer) bool {
+	if ctx.Err() != nil {
+		fuse.abort()
+		return true
+	}
+	err := fuse.unmount()
+	if err != nil && !errors.Is(err, unix.EBUSY) { // somebody else unmounted it
+		h.o.Log.Error("unmount", "error", err)
+		fuse.abort()
+		return true
+	}
+	return err == nil
+}
+
+// note is the shelf's word that a layer was opened or released.
+func (h *holder) note(d digest.Digest) {
+	h.mu.Lock()
+	h.opened[d] = true
+	h.mu.Unlock()
+	h.stir()
+}
+
+func (h *holder) stir() {
+	select {
+	case h.wake <- struct{}{}:
+	default:
+	}
+}
+
+// accept takes one daemon after the other. There are never two: a new one means that the
+// old is dead.
+func (h *holder) accept(ctx context.Context, l *net.UnixListener) {
+	var serving sync.WaitGroup
+	defer serving.Wait()
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer stop()
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			if ctx.Err() == nil && !errors.Is(err, net.ErrClosed) {
+				h.o.Log.Error("accept", "error", err)
+				time.Sleep(100 * time.Millisecond) // out of descriptors: some will come back
+				continue
+			}
+			return
+		}
+		p := newPeer(conn)
+		serving.Go(func() {
+			err := p.serve(ctx, func(ctx context.Context, m message) (message, bool) { return h.answer(p, m), true })
+			h.left(p)
+			h.o.Log.Info("daemon left", "error", err)
+		})
+	}
+}
+
+// answer is what a holder does for its daemon.
+func (h *holder) answer(p *peer, m message) message {
+	switch m.Kind {
+	case askHello:
+		h.arrived(p)
+		layers, _ := h.shelf.list()
+		return message{Version: h.o.Version, PID: os.Getpid(), Layers: layers}
+	case askAdd:
+		if len(m.Layers) != 1 {
+			return refuse(errors.New("one layer at a time"))
+		}
+		if err := h.shelf.add(m.Layers[0]); err != nil {
+			return refuse(err)
+		}
+		return message{}
+	case askRemove:
+		if err := h.shelf.remove(m.Digest); err != nil {
+			return refuse(err)
+		}
+		return message{}
+	case askRetire:
+		h.mu.Lock()
+		h.retired = true
+		h.mu.Unlock()
+		h.stir()
+		return message{}
+	}
+	return refuse(fmt.Errorf("unknown question %q", m.Kind))
+}
+
+func (h *holder) arrived(p *peer) {
+	h.mu.Lock()
+	old := h.daemon
+	h.daemon, h.missed = p, false
+	close(h.back)
+	h.back = make(chan struct{})
+	h.mu.Unlock()
+	if old != nil && old != p {
+		old.close()
+	}
+}
+
+func (h *holder) left(p *peer) {
+	h.mu.Lock()
+	if h.daemon == p {
+		h.daemon, h.away = nil, time.Now()
+	}
+	h.mu.Unlock()
+	h.stir()
+}
+
+// errAway: the daemon did not come back in time.
+var errAway = errors.New("no daemon")
+
+// fill returns nil when the chunks of f are there, as the daemon says. A daemon that goes
+// away meanwhile is waited for, and the next one is asked again.
+func (h *holder) fill(f *held, first, n int, interrupted <-chan struct{}) error {
+	limit := time.NewTimer(h.o.FillLimit)
+	defer limit.Stop()
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	done := make(chan struct{})
+	defer close(done)
+	go func() {
+		select {
+		case <-interrupted:
+			cancel(errInterrupted)
+		case <-limit.C:
+			cancel(context.DeadlineExceeded)
+		case <-done:
+		}
+	}()
+	began := time.Now()
+	for {
+		daemon, err := h.awaitDaemon(ctx, began)
+		if err == nil {
+			_, err = daemon.ask(ctx, message{Kind: askFill, Digest: f.layer.Digest, First: first, N: n})
+			if errors.Is(err, errGone) {
+				began = time.Now() // it was there until now
+				h.left(daemon)
+				continue
+			}
+		}
+		if errors.Is(err, errAway) || errors.Is(err, context.DeadlineExceeded) {
+			h.gaveUp(err)
+		} // what the daemon refused, it has logged
+		return err
+	}
+}
+
+// awaitDaemon waits until the daemon was away for Patience, or for a tenth of
+// Patience since began where that is later: kernels repeat a read that failed.
+func (h *holder) awaitDaemon(ctx context.Context, began time.Time) (*peer, error) {
+	for {
+		h.mu.Lock()
+		daemon, away, back := h.daemon, h.away, h.back
+		h.mu.Unlock()
+		if daemon != nil {
+			return daemon, nil
+		}
+		until := away.Add(h.o.Patience)
+		if least := began.Add(h.o.Patience / 10); least.After(until) {
+			until = least
+		}
+		patience := time.NewTimer(time.Until(until))
+		select {
+		case <-back:
+		case <-patience.C:
+			return nil, errAway
+		case <-ctx.Done():
+			patience.Stop()
+			return nil, context.Cause(ctx)
+		}
+		patience.Stop()
+	}
+}
+
+func (h *holder) gaveUp(err error) {
+	h.mu.Lock()
+	first := !h.missed
+	h.missed = true
+	h.mu.Unlock()
+	if first {
+		h.o.Log.Error("reads of what is missing fail until a daemon is back", "error", err)
+	}
+}

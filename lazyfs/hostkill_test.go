@@ -1,0 +1,3 @@
+package lazyfs
+
+func beDaemon(args []string) {}

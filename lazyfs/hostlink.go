@@ -1,0 +1,307 @@
+package lazyfs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// startLimit is how long a holder may take to answer after it was started.
+	startLimit = 10 * time.Second
+	// releaseLimit is how long the kernel may take to tell a holder that an unmounted
+	// layer is closed.
+	releaseLimit = time.Second
+)
+
+// HolderInfo is a living holder.
+type HolderInfo struct {
+	Version string
+	PID     int
+	Current bool // it serves new mounts
+	Layers  int
+	Open    int // files open in it: its mounts, wherever they are
+}
+
+// holderLink is the daemon's end of the connection to a holder.
+type holderLink struct {
+	name    string
+	dir     string
+	version string
+	pid     int
+	peer    *peer
+
+	mu   sync.Mutex
+	open map[digest.Digest]int // its layers, and how often each is open
+}
+
+// holderPID is in the holder's name.
+func holderPID(name string) int {
+	_, rest, _ := strings.Cut(name, "@")
+	digits, _, _ := strings.Cut(rest, "-")
+	pid, err := strconv.Atoi(digits)
+	if err != nil {
+		return 0
+	}
+	return pid
+}
+
+// connect makes that holder one of ours.
+func (h *Host) connect(r *run, name string) (*holderLink, error) {
+	ctx, cancel := context.WithTimeout(r.ctx, startLimit)
+	defer cancel()
+	// A holder drops one connection for another: there must not be two that take turns.
+	unlock, err := h.starting.Lock(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	h.mu.Lock()
+	link := h.holders[name]
+	h.mu.Unlock()
+	if link != nil && link.peer.alive() {
+		return link, nil
+	}
+	dir := filepath.Join(h.o.Dir, name)
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(dir, holderSocket))
+	if err != nil {
+		return nil, err
+	}
+	link = &holderLink{name: name, dir: dir, peer: newPeer(conn), open: map[digest.Digest]int{}}
+	link.version, _, _ = strings.Cut(name, "@")
+	link.pid = holderPID(name)
+	greeted := make(chan bool, 1)
+	r.working.Go(func() {
+		err := link.peer.serve(r.ctx, func(ctx context.Context, m message) (message, bool) {
+			switch m.Kind {
+			case askFill:
+				return h.fill(ctx, r, m)
+			case askOpens:
+				link.opened(m.Digest, m.N)
+				return message{}, false
+			}
+			return refuse(fmt.Errorf("unknown question %q", m.Kind)), true
+		})
+		if <-greeted && r.ctx.Err() == nil {
+			h.o.Log.Debug("holder left", "holder", name, "error", err)
+			h.left(r, link)
+		}
+	})
+	hello, err := link.peer.ask(ctx, message{Kind: askHello})
+	if err != nil {
+		greeted <- false
+		link.peer.close()
+		return nil, fmt.Errorf("greet holder %s: %w", name, err)
+	}
+	for _, l := range hello.Layers {
+		link.opened(l.Digest, l.Opens)
+	}
+	h.mu.Lock()
+	h.holders[name] = link
+	h.mu.Unlock()
+	greeted <- true
+	return link, nil
+}
+
+func (l *holderLink) opened(d digest.Digest, n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.open[d] = n
+}
+
+func (l *holderLink) layers() map[digest.Digest]int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return maps.Clone(l.open)
+}
+
+func (l *holderLink) add(ctx context.Context, layer *Layer) error {
+	_, err := l.peer.ask(ctx, message{Kind: askAdd, Layers: []heldLayer{
+		{Digest: layer.digest, Table: layer.files.Table, Data: layer.files.Data, Bits: layer.bits},
+	}})
+	if err != nil {
+		return fmt.Errorf("hand layer %s to holder: %w", layer.digest, err)
+	}
+	return nil
+}
+
+// remove has the holder forget the layer. One that has gone has.
+func (l *holderLink) remove(ctx context.Context, d digest.Digest) error {
+	patience := time.Now().Add(releaseLimit)
+	for {
+		_, err := l.peer.ask(ctx, message{Kind: askRemove, Digest: d})
+		switch {
+		case err == nil:
+			l.mu.Lock()
+			delete(l.open, d)
+			l.mu.Unlock()
+			return nil
+		case errors.Is(err, errGone):
+			return nil
+		case !errors.Is(err, ErrInUse) || time.Now().After(patience):
+			return err
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+func (h *Host) links() []*holderLink {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	links := make([]*holderLink, 0, len(h.holders))
+	for _, l := range h.holders {
+		links = append(links, l)
+	}
+	return links
+}
+
+// Holders are the living holders.
+func (h *Host) Holders() []HolderInfo {
+	var infos []HolderInfo
+	for _, l := range h.links() {
+		info := HolderInfo{Version: l.version, PID: l.pid, Current: l.version == h.o.Version}
+		for _, opens := range l.layers() {
+			info.Layers++
+			info.Open += opens
+		}
+		infos = append(infos, info)
+	}
+	return infos
+}
+
+// Retire has the holders of other versions end with their last mounts. Call it after Run has
+// adopted them, as a Mount shows.
+func (h *Host) Retire(ctx context.Context) error {
+	select {
+	case <-h.adopted:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	var errs []error
+	for _, l := range h.links() {
+		if l.version == h.o.Version {
+			continue
+		}
+		if _, err := l.peer.ask(ctx, message{Kind: askRetire}); err != nil && !errors.Is(err, errGone) {
+			errs = append(errs, fmt.Errorf("retire holder %s: %w", l.name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// holder is the one that serves new mounts; it is started where there is none.
+func (h *Host) holder(ctx context.Context) (*holderLink, error) {
+	unlock, err := h.starting.Lock(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	h.mu.Lock()
+	r := h.running
+	h.mu.Unlock()
+	if r == nil || r.ctx.Err() != nil {
+		return nil, fmt.Errorf("%w: Run has ended", ErrClosed)
+	}
+	for _, l := range h.links() {
+		if l.version == h.o.Version && l.peer.alive() && !h.dead(l.name) {
+			return l, nil
+		}
+	}
+	names, err := h.holderNames()
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range names { // one that took too long to start
+		if strings.HasPrefix(name, h.o.Version+"@") && !h.dead(name) {
+			if link, err := h.connect(r, name); err == nil {
+				return link, nil
+			}
+		}
+	}
+	link, err := h.startHolder(ctx, r, names)
+	if err != nil {
+		return nil, fmt.Errorf("start holder: %w", err)
+	}
+	return link, nil
+}
+
+// startHolder starts one beside those that are there.
+func (h *Host) startHolder(ctx context.Context, r *run, before []string) (*holderLink, error) {
+	ctx, cancel := context.WithTimeout(ctx, startLimit)
+	defer cancel()
+	pid, err := h.spawn()
+	if err != nil {
+		return nil, err
+	}
+	poll := time.NewTicker(5 * time.Millisecond)
+	defer poll.Stop()
+	for {
+		names, err := h.holderNames()
+		if err != nil {
+			return nil, err
+		}
+		for _, name := range names {
+			if slices.Contains(before, name) || !strings.HasPrefix(name, h.o.Version+"@") {
+				continue
+			}
+			if link, err := h.connect(r, name); err == nil { // else it does not listen yet
+				return link, nil
+			}
+		}
+		var status unix.WaitStatus
+		// A command that starts the holder and ends well is fine.
+		if got, err := unix.Wait4(pid, &status, unix.WNOHANG, nil); err == nil && got == pid && (status.Signaled() || status.ExitStatus() != 0) {
+			return nil, fmt.Errorf("it ended (status %d, signal %d): %s", status.ExitStatus(), status.Signal(), h.lastWords(h.o.Version))
+		}
+		select {
+		case <-poll.C:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: %s", context.Cause(ctx), h.lastWords(h.o.Version))
+		}
+	}
+}
+
+// spawn starts Options.Holder in a session of its own. Its output goes to a file: a
+// pipe would break with us.
+func (h *Host) spawn() (pid int, err error) {
+	path, err := exec.LookPath(h.o.Holder[0])
+	if err != nil {
+		return 0, err
+	}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		return 0, err
+	}
+	defer null.Close()
+	log, err := os.OpenFile(h.logPath(h.o.Version), os.O_CREATE|os.O_WRONLY|os.O_TRUNC|os.O_APPEND, 0o600)
+	if err != nil {
+		return 0, err
+	}
+	defer log.Close()
+	process, err := os.StartProcess(path, h.o.Holder, &os.ProcAttr{
+		Dir: "/", Files: []*os.File{null, log, log}, Sys: &syscall.SysProcAttr{Setsid: true},
+	})
+	if err != nil {
+		return 0, err
+	}
+	pid = process.Pid
+	return pid, process.Release() // reconnect takes its exit status
+}

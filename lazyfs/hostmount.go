@@ -1,0 +1,207 @@
+package lazyfs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+)
+
+// readAheadBytes is what the kernel reads at once of a lazily mounted layer where reading is
+// sequential; its default of 128 KiB makes the way through FUSE the bottleneck.
+const readAheadBytes = 512 << 10
+
+// Mount mounts a layer at target: from the data file where it is complete, else through a
+// holder. It waits until Run has adopted what a former daemon left. Mounting what is there
+// already is nothing; where that is dead (see Options.HolderDied) it is replaced. Errors:
+// ErrUnknown, ErrInUse where something else is mounted at target, ErrUnsupported, ctx's cause, what the kernel gave.
+func (h *Host) Mount(ctx context.Context, d digest.Digest, target string) error {
+	target, err := canonical(target)
+	if err != nil {
+		return err
+	}
+	select {
+	case <-h.adopted:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	unlock, err := h.byDigest.Lock(ctx, string(d))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	l, ok := h.Layer(d)
+	if !ok {
+		return fmt.Errorf("%w: %s", ErrUnknown, d)
+	}
+	mounts, foreign, err := mountsOf(ctx, h.o.Dir)
+	if err != nil {
+		return err
+	}
+	stack := stackAt(mounts, target)
+	put := func(fd int) error { return attach(fd, target, 0) }
+	if len(stack) > 0 {
+		top := stack[len(stack)-1]
+		switch {
+		case foreign[target] || top.Digest != d:
+			return fmt.Errorf("%w: %s has a mount of something else", ErrInUse, target)
+		case !top.Lazy || h.alive(top.holder):
+			return nil
+		}
+		put = func(fd int) error { return replace(fd, target) }
+	}
+	fd, err := h.make(ctx, l)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err = put(fd); err != nil {
+		return err
+	}
+	h.readAhead(target)
+	return nil
+}
+
+func (h *Host) make(ctx context.Context, l *Layer) (int, error) {
+	if l.Complete() {
+		return h.makePlain(l)
+	}
+	const tries = 3 // a holder may die at any moment
+	for try := 1; ; try++ {
+		link, err := h.holder(ctx)
+		if err != nil {
+			return -1, err
+		}
+		if err = link.add(ctx, l); err == nil {
+			var fd int
+			fd, err = makeMount(mountSpec{
+				source: filepath.Join(h.o.Dir, sourcesDir, link.name, fileName(l.digest)), meta: l.files.Meta,
+				data: filepath.Join(link.dir, holderFuse, fileName(l.digest)), loop: h.o.ForceLoop,
+			})
+			if err == nil {
+				return fd, nil
+			}
+		}
+		if try == tries || h.alive(link.name) || ctx.Err() != nil {
+			return -1, fmt.Errorf("mount layer %s: %w", l.digest, err)
+		}
+	}
+}
+
+func (h *Host) makePlain(l *Layer) (int, error) {
+	return makeMount(mountSpec{
+		source: filepath.Join(h.o.Dir, sourcesDir, plainSource, fileName(l.digest)), meta: l.files.Meta,
+		data: l.files.Data, loop: h.o.ForceLoop,
+	})
+}
+
+// readAhead tunes the mount at target. Without it all works, only slower.
+func (h *Host) readAhead(target string) {
+	var st unix.Stat_t
+	err := unix.Stat(target, &st)
+	if err == nil {
+		path := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", unix.Major(st.Dev), unix.Minor(st.Dev))
+		err = os.WriteFile(path, []byte(strconv.Itoa(readAheadBytes>>10)), 0)
+	}
+	if err != nil {
+		h.o.Log.Debug("read-ahead", "target", target, "error", err)
+	}
+}
+
+// Unmount takes away all that Mount and Complete put at target. Who has it open keeps it. Nothing mounted there
+// is no error; ErrInUse where something else lies on it.
+func (h *Host) Unmount(ctx context.Context, target string) error {
+	target, err := canonical(target)
+	if err != nil {
+		return err
+	}
+	mounts, _, err := mountsOf(ctx, h.o.Dir)
+	if err != nil {
+		return err
+	}
+	stack := stackAt(mounts, target)
+	if len(stack) == 0 {
+		return nil
+	}
+	unlock, err := h.byDigest.Lock(ctx, string(stack[0].Digest))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	mounts, foreign, err := mountsOf(ctx, h.o.Dir) // Complete may have been at it
+	if err != nil {
+		return err
+	}
+	if foreign[target] {
+		return fmt.Errorf("%w: %s has a mount of something else", ErrInUse, target)
+	}
+	for range stackAt(mounts, target) {
+		if err = detach(target); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Complete puts plain mounts in the places of the lazy mounts of a layer of which all is
+// there: who opens it from now on needs no holder, who has it open keeps the old one.
+// Errors: ErrUnknown, ErrIncomplete, what the kernel gave; then some of the places may be done.
+func (h *Host) Complete(ctx context.Context, d digest.Digest) error {
+	select {
+	case <-h.adopted:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	unlock, err := h.byDigest.Lock(ctx, string(d))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	l, ok := h.Layer(d)
+	if !ok {
+		return fmt.Errorf("%w: %s", ErrUnknown, d)
+	}
+	if !l.Complete() {
+		return fmt.Errorf("%w: %s", ErrIncomplete, d)
+	}
+	mounts, _, err := mountsOf(ctx, h.o.Dir)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	done := map[string]bool{}
+	for _, m := range mounts {
+		if m.Digest != d || done[m.Target] {
+			continue
+		}
+		done[m.Target] = true
+		errs = append(errs, h.complete(l, m.Target, stackAt(mounts, m.Target)))
+	}
+	return errors.Join(errs...)
+}
+
+func (h *Host) complete(l *Layer, target string, stack []MountInfo) error {
+	if !stack[len(stack)-1].Lazy {
+		return nil
+	}
+	for _, m := range stack {
+		if !m.Lazy { // a crash between putting it beneath and taking the upper away
+			return detach(target)
+		}
+	}
+	fd, err := h.makePlain(l)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err = replace(fd, target); err != nil {
+		return err
+	}
+	h.readAhead(target)
+	return nil
+}

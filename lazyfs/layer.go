@@ -1,0 +1,252 @@
+package lazyfs
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"iter"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"accel"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+)
+
+// Layer is one layer's content as the mounts have it. All methods may be called by
+// many at once; after Host.Remove or Host.Close they return ErrClosed, zero or false.
+type Layer struct {
+	digest digest.Digest
+	files  Files
+	bits   string // the bitmap's path
+
+	// mu is held to read while the maps below are used, to write only to unmap them.
+	mu     sync.RWMutex
+	closed bool
+	table  *Table
+	bitmap *bitmap
+	data   *os.File
+
+	left atomic.Int64 // chunks that are missing
+
+	// unsynced are the chunks that were put since the last good Sync, or that the
+	// store's index did not know: what they say is in the page cache only.
+	unsyncedMu sync.Mutex
+	unsynced   []int32
+}
+
+// openLayer joins what the bitmap at bits says with has.
+func openLayer(d digest.Digest, f Files, bits string, has func(chunk int) bool) (l *Layer, err error) {
+	l = &Layer{digest: d, files: f, bits: bits}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.close())
+		}
+	}()
+	if l.table, err = OpenTable(f.Table); err != nil {
+		return nil, err
+	}
+	if l.data, err = os.OpenFile(f.Data, os.O_RDWR, 0); err != nil {
+		return nil, err
+	}
+	info, err := l.data.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if info.Size() != l.table.DataBytes() {
+		return nil, fmt.Errorf("%w: %s has %d bytes, not %d", ErrDamaged, f.Data, info.Size(), l.table.DataBytes())
+	}
+	if l.bitmap, err = openBitmap(bits, l.data, l.table.Len()); err != nil {
+		return nil, err
+	}
+	for i := range l.table.Len() {
+		if has != nil && has(i) {
+			l.bitmap.set(i)
+		} else if l.bitmap.has(i) {
+			l.unsynced = append(l.unsynced, int32(i))
+		} else {
+			l.left.Add(1)
+		}
+	}
+	return l, nil
+}
+
+func (l *Layer) close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return nil
+	}
+	l.closed = true
+	var errs []error
+	if l.table != nil {
+		errs = append(errs, l.table.Close())
+	}
+	if l.bitmap != nil {
+		errs = append(errs, l.bitmap.close())
+	}
+	if l.data != nil {
+		errs = append(errs, l.data.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Digest is the layer's name, as Host.Add was told.
+func (l *Layer) Digest() digest.Digest { return l.digest }
+
+// Len is the number of chunks.
+func (l *Layer) Len() int {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	if l.closed {
+		return 0
+	}
+	return l.table.Len()
+}
+
+// Chunk is the i-th in the data file's order; the zero Chunk where there is none.
+func (l *Layer) Chunk(i int) accel.Chunk {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	if l.check(i) != nil {
+		return accel.Chunk{}
+	}
+	return l.table.At(i)
+}
+
+// Has reports whether chunk i is there.
+func (l *Layer) Has(i int) bool {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	return l.check(i) == nil && l.bitmap.has(i)
+}
+
+// Missing is the runs (first chunk, how many) among chunks [first, first+n) that are not there.
+func (l *Layer) Missing(first, n int) iter.Seq2[int, int] {
+	return func(yield func(int, int) bool) {
+		end := min(first+n, l.Len())
+		for i := max(first, 0); i < end; {
+			if l.Has(i) {
+				i++
+				continue
+			}
+			run := i + 1
+			for run < end && !l.Has(run) {
+				run++
+			}
+			if !yield(i, run-i) {
+				return
+			}
+			i = run
+		}
+	}
+}
+
+// Left is how many chunks are missing.
+func (l *Layer) Left() int { return int(l.left.Load()) }
+
+// Complete reports whether every chunk is there.
+func (l *Layer) Complete() bool { return l.Left() == 0 }
+
+// check has l.mu held.
+func (l *Layer) check(i int) error {
+	if l.closed {
+		return ErrClosed
+	}
+	if i < 0 || i >= l.table.Len() {
+		return fmt.Errorf("no chunk %d in layer %s", i, l.digest)
+	}
+	return nil
+}
+
+// Put writes chunk i and then lets readers have it. Errors: ErrDigest where b is not
+// its bytes, ErrClosed, what writing the file gave (such as ENOSPC). A chunk that is
+// there stays as it is.
+func (l *Layer) Put(i int, b []byte) error {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	if err := l.check(i); err != nil {
+		return err
+	}
+	c := l.table.At(i)
+	if int64(len(b)) != c.Bytes || sha256.Sum256(b) != c.Digest {
+		return fmt.Errorf("%w: chunk %d of layer %s", ErrDigest, i, l.digest)
+	}
+	if l.bitmap.has(i) {
+		return nil
+	}
+	if _, err := l.data.WriteAt(b, c.DataOffset); err != nil {
+		return err
+	}
+	// Noted first, or a failing Sync could leave it out.
+	l.unsyncedMu.Lock()
+	l.unsynced = append(l.unsynced, int32(i))
+	l.unsyncedMu.Unlock()
+	if l.bitmap.set(i) {
+		l.left.Add(-1)
+	}
+	return nil
+}
+
+// Read fills p with chunk i, which must be there; p has its size.
+func (l *Layer) Read(i int, p []byte) error {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	if err := l.check(i); err != nil {
+		return err
+	}
+	c := l.table.At(i)
+	if int64(len(p)) != c.Bytes {
+		return fmt.Errorf("chunk %d of layer %s has %d bytes, asked for %d", i, l.digest, c.Bytes, len(p))
+	}
+	if !l.bitmap.has(i) {
+		return fmt.Errorf("%w: chunk %d of layer %s", ErrIncomplete, i, l.digest)
+	}
+	_, err := l.data.ReadAt(p, c.DataOffset)
+	return err
+}
+
+// Sync makes durable what was put before. Where that fails the kernel may have thrown the bytes
+// away, so the chunks in question are taken back: they are missing again.
+func (l *Layer) Sync() error {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	if l.closed {
+		return ErrClosed
+	}
+	l.unsyncedMu.Lock()
+	doubtful := l.unsynced
+	l.unsynced = nil
+	l.unsyncedMu.Unlock()
+	err := unix.Fdatasync(int(l.data.Fd()))
+	if err == nil {
+		return nil
+	}
+	for _, i := range doubtful {
+		l.forget(int(i))
+	}
+	return fmt.Errorf("sync layer %s: %w", l.digest, err)
+}
+
+// Forget takes chunks that turned out wrong away: no read that begins after it has
+// returned sees them until they are put again. Pages that a mount has cached stay
+// as they were read, and so does what plain mounts of the data file see.
+func (l *Layer) Forget(chunks ...int) error {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	for _, i := range chunks {
+		if err := l.check(i); err != nil {
+			return err
+		}
+		l.forget(i)
+	}
+	return nil
+}
+
+func (l *Layer) forget(i int) {
+	if l.bitmap.clear(i) {
+		l.left.Add(1)
+	}
+}
