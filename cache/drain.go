@@ -202,7 +202,7 @@ func (d *drain) step(part int64, data []byte) error {
 		}
 		if !bytes.Equal(was, data[:len(was)]) {
 			err := fmt.Errorf("%w: blob %s: the same bytes came twice and were different", ErrDigest, b.digest)
-			s.lose(b, err)
+			s.lose(&b.item, err)
 			return err
 		}
 	}
@@ -236,7 +236,7 @@ func (s *Store) writeAt(b *blob, file *os.File, data []byte, at int64) error {
 			return nil
 		}
 		if !noSpace(err) {
-			s.lose(b, fmt.Errorf("%w: %w", ErrDamaged, err))
+			s.lose(&b.item, fmt.Errorf("%w: %w", ErrDamaged, err))
 			return localError{err}
 		}
 		if evicted := s.evict(partBytes); !evicted {
@@ -257,7 +257,7 @@ func (s *Store) partDone(f *fill, part int64) {
 	b.missing--
 	n := b.partEnd(part) - part*partBytes
 	s.unreserve(f, min(n, f.reserved))
-	s.allocate(b, b.allocated+n)
+	s.allocate(&b.item, b.allocated+n)
 	s.unsynced += n
 	s.markDirty(b)
 	if s.unsynced >= commitBytes {

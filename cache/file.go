@@ -25,13 +25,13 @@ func (b *blob) openFile(s *Store, f *fill) error {
 	if there {
 		file, err := openSized(path, os.O_RDWR, b.size)
 		if err != nil {
-			s.lose(b, fmt.Errorf("%w: blob %s: %w", ErrDamaged, b.digest, err))
+			s.lose(&b.item, fmt.Errorf("%w: blob %s: %w", ErrDamaged, b.digest, err))
 			return localError{err}
 		}
 		s.setFile(b, file, false)
 		return nil
 	}
-	if err := s.clearTomb(b.digest); err != nil {
+	if err := s.clearTomb(b.key()); err != nil {
 		return localError{err}
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
@@ -67,7 +67,7 @@ func (b *blob) takeOver(s *Store, path string) error {
 			b.live.file, b.live.isNew = file, true
 			s.completed(b)
 			if n, err := allocatedOf(file); err == nil {
-				s.allocate(b, n)
+				s.allocate(&b.item, n)
 			}
 			s.mu.Unlock()
 			return nil

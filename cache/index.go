@@ -18,6 +18,8 @@ import (
 // The tables of the index: the first byte of a row's key.
 const (
 	tableBlobs     = "b"
+	tableLayers    = "i" // inflated
+	tableMarks     = "k" // of chunks; has to come after the layers
 	tableManifests = "m"
 	tableTags      = "t"
 	tableLinks     = "l"
@@ -126,6 +128,13 @@ func (x *index) put(table, key string, content []byte) {
 	x.pending[rowKey{table, key}] = sealRow(table, key, content)
 }
 
+// putAll puts sealed rows, nil to remove one, that are to be in the same commit.
+func (x *index) putAll(rows map[rowKey][]byte) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	maps.Copy(x.pending, rows)
+}
+
 func (x *index) remove(table, key string) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -145,6 +154,10 @@ func (x *index) commit(own map[rowKey][]byte) error {
 	if x.failed != nil {
 		defer x.mu.Unlock()
 		return x.failed
+	}
+	if x.db == nil {
+		defer x.mu.Unlock()
+		return fmt.Errorf("write the cache's index: %w", ErrClosed)
 	}
 	x.flight, x.pending = x.pending, map[rowKey][]byte{}
 	flight := x.flight

@@ -59,8 +59,13 @@ func mapped(tx *bbolt.Tx) func([]byte) bool {
 	}
 }
 
+// ofFiles: rows about what is in files.
+func ofFiles(table string) bool {
+	return table == tableBlobs || table == tableLayers || table == tableMarks
+}
+
 // setAside moves the index away and keeps of it what is good by itself: rows about
-// blobs are not (the page may be an old one), the files tell what there is.
+// blobs and layers are not (the page may be an old one), the files tell what there is.
 func (x *index) setAside(why error, save bool) error {
 	if err := os.Rename(x.path, x.asidePath()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("set the damaged index aside: %w (it is damaged: %w)", err, why)
@@ -115,7 +120,7 @@ func (x *index) saveRows(tx *bbolt.Tx) {
 	var err error
 	defer guard(&err, "save")
 	err = eachRow(tx, func(table, key string, _, v []byte) error {
-		if _, err := openRow(table, key, v); err == nil && table != tableBlobs {
+		if _, err := openRow(table, key, v); err == nil && !ofFiles(table) {
 			x.pending[rowKey{table, key}] = bytes.Clone(v)
 		}
 		return nil
