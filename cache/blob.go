@@ -16,24 +16,20 @@ import (
 // blob is one blob of which something is here, or on its way. Everything in it is
 // guarded by Store.mu.
 type blob struct {
-	digest digest.Digest
-	size   int64
-	// allocated is what it takes on disk: counted while it is filled, asked of the
-	// file system after.
-	allocated int64
-	seq       uint64 // when it came, as a count
-	usedAt    int64  // nanoseconds since 1970
-	pins      int
-	parts     bitmap // those in the file; nil when complete
-	missing   int64  // parts
-	complete  bool   // all is there and the digest was checked
-	visited   bool   // opened since it was complete (SIEVE's mark)
-	touched   bool   // usedAt or visited are not as in the index
-	listed    bool
-	gone      error // why it was dropped; the Store knows it no more
-	older     *blob
-	newer     *blob
-	live      *live // nil while nobody does anything with it
+	item
+	size     int64
+	parts    bitmap // those in the file; nil when complete
+	missing  int64  // parts
+	complete bool   // all is there and the digest was checked
+	live     *live  // nil while nobody does anything with it
+}
+
+// newBlob is a blob with no part there.
+func newBlob(d digest.Digest, size int64, seq uint64) *blob {
+	parts := partsOf(size)
+	b := &blob{item: item{digest: d, seq: seq}, size: size, parts: newBitmap(parts), missing: parts}
+	b.blob = b
+	return b
 }
 
 // live is what is known of a blob while it is read, filled, or not yet in the index.
@@ -59,6 +55,12 @@ type live struct {
 	// torn is, for parts whose fill failed, up to where they were shown: whatever is written there
 	// again must be the same.
 	torn map[int64]int64
+}
+
+// busy: somebody reads or fills it, or it is being checked or written to disk.
+func (b *blob) busy() bool {
+	l := b.live
+	return l != nil && (l.readers > 0 || len(l.fills) > 0 || l.verifying || l.syncing)
 }
 
 func (b *blob) has(part int64) bool { return b.complete || b.parts.has(part) }
@@ -153,7 +155,7 @@ func newHash(d digest.Digest) hash.Hash {
 
 // path is where a blob's file is; d is one that keyOf let through.
 func (s *Store) path(d digest.Digest) string {
-	return filepath.Join(s.o.Dir, "blobs", d.Algorithm().String(), d.Encoded()[:2], d.Encoded())
+	return filepath.Join(s.o.Dir, blobsDir, d.Algorithm().String(), d.Encoded()[:2], d.Encoded())
 }
 
 // allocatedOf is what a file takes on disk.

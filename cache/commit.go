@@ -3,10 +3,9 @@ package cache
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
-
-	"github.com/opencontainers/go-digest"
 )
 
 // written is one blob as a commit puts it into the index.
@@ -43,28 +42,34 @@ func (s *Store) commit() error {
 		delete(s.dirty, b)
 		blobs = append(blobs, w)
 	}
-	buried := map[digest.Digest]*tomb{}
-	for d, t := range s.tombs {
+	layers, err := s.takeLayers()
+	if err != nil {
+		s.mu.Unlock()
+		return err
+	}
+	buried := map[itemKey]*tomb{}
+	for k, t := range s.tombs {
 		select {
 		case <-t.unlinked:
-			buried[d] = t
+			buried[k] = t
 		default: // the next commit's
 		}
 	}
 	s.unsynced = 0
 	s.mu.Unlock()
-	if len(blobs) == 0 && len(buried) == 0 && !s.index.dirty() {
+	if len(blobs) == 0 && len(layers) == 0 && len(buried) == 0 && !s.index.dirty() {
 		return nil
 	}
 	defer s.m.committed()()
 
-	rows := make(map[rowKey][]byte, len(blobs)+len(buried))
-	for d := range buried {
-		key, err := keyOf(d)
-		if err != nil {
+	rows := make(map[rowKey][]byte, len(blobs)+len(layers)+len(buried))
+	for k, t := range buried {
+		if err := t.bury(k, rows); err != nil {
 			return err
 		}
-		rows[rowKey{tableBlobs, key}] = nil
+	}
+	for _, w := range layers {
+		maps.Copy(rows, w.rows)
 	}
 	dirs := map[string]error{}
 	var failed error
@@ -72,7 +77,7 @@ func (s *Store) commit() error {
 		if err := s.sync(w, dirs); err != nil {
 			if !noSpace(err) {
 				// The kernel may have forgotten what it could not write.
-				s.lose(w.b, fmt.Errorf("%w: sync: %w", ErrDamaged, err))
+				s.lose(&w.b.item, fmt.Errorf("%w: sync: %w", ErrDamaged, err))
 				continue
 			}
 			failed = err
@@ -87,10 +92,13 @@ func (s *Store) commit() error {
 	for _, w := range blobs {
 		s.settle(w, failed)
 	}
+	for _, w := range layers {
+		s.settleLayer(w, failed)
+	}
 	if failed == nil {
-		for d, t := range buried {
-			if s.tombs[d] == t {
-				delete(s.tombs, d)
+		for k, t := range buried {
+			if s.tombs[k] == t {
+				delete(s.tombs, k)
 			}
 		}
 	}
@@ -109,7 +117,7 @@ func (s *Store) sync(w written, dirs map[string]error) error {
 		return nil
 	}
 	shard := filepath.Dir(w.file.Name())
-	for _, dir := range []string{shard, filepath.Dir(shard), s.o.Dir + "/blobs"} {
+	for _, dir := range []string{shard, filepath.Dir(shard), filepath.Join(s.o.Dir, blobsDir)} {
 		if _, done := dirs[dir]; !done {
 			dirs[dir] = syncDir(dir)
 		}
@@ -133,7 +141,7 @@ func (s *Store) settle(w written, failed error) {
 		}
 		if w.file != nil && w.idle && len(l.fills) == 0 {
 			if n, err := allocatedOf(w.file); err == nil {
-				s.allocate(b, n)
+				s.allocate(&b.item, n)
 			}
 		}
 	}
@@ -141,10 +149,10 @@ func (s *Store) settle(w written, failed error) {
 }
 
 // clearTomb returns when a new file of that name may be made.
-func (s *Store) clearTomb(d digest.Digest) error {
+func (s *Store) clearTomb(k itemKey) error {
 	for range 2 {
 		s.mu.Lock()
-		t := s.tombs[d]
+		t := s.tombs[k]
 		s.mu.Unlock()
 		if t == nil {
 			return nil
@@ -157,13 +165,18 @@ func (s *Store) clearTomb(d digest.Digest) error {
 	return errors.New("the index still knows an earlier file of that digest")
 }
 
-// noteVisits has the next commit write which blobs were opened again.
+// noteVisits has the next commit write which blobs and layers were used again.
 func (s *Store) noteVisits() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, b := range s.blobs {
 		if b.touched {
 			s.markDirty(b)
+		}
+	}
+	for _, l := range s.layers {
+		if l.touched {
+			s.dirtyLayers[l] = struct{}{}
 		}
 	}
 }

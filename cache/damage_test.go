@@ -72,12 +72,19 @@ type filled struct {
 	whole [][]byte
 	part  []byte
 	raw   []byte
+	layer testLayer // every third chunk of it
 }
 
 func fillDir(t testing.TB) filled {
 	t.Helper()
 	b := start(t, Options{})
-	c := filled{dir: b.o.Dir, part: content(70, 20*mib), raw: []byte(`{"schemaVersion":2}`)}
+	c := filled{dir: b.o.Dir, part: content(70, 20*mib), raw: []byte(`{"schemaVersion":2}`), layer: layerOf(76, 30)}
+	kept := mustCreate(t, b.Store, c.layer)
+	for i := 0; i < 30; i += 3 {
+		if err := c.layer.put(kept, i); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for i := range 5 {
 		c.whole = append(c.whole, content(71+i, i*mib+1000))
 		mustGet(t, b.Store, c.whole[i], 0, -1, from(c.whole[i]))
@@ -103,10 +110,12 @@ func fillDir(t testing.TB) filled {
 // use opens the store and takes everything out of it: what it gives has to be right.
 func (c filled) use(t *testing.T) (damaged bool) {
 	t.Helper()
-	b := start(t, Options{Dir: c.dir})
+	b := start(t, Options{Dir: c.dir, VerifyLayer: verifyLayer})
 	defer b.end()
 	_, err := os.Stat(b.index.asidePath())
 	damaged = err == nil
+	kept := mustCreate(t, b.Store, c.layer) // as a mount asks for it, also in the middle of the sweep
+	c.layer.right(t, kept)
 	for _, data := range c.whole {
 		mustGet(t, b.Store, data, 0, -1, from(data))
 	}
@@ -124,6 +133,9 @@ func (c filled) use(t *testing.T) (damaged bool) {
 	}
 	if err := b.PutTag("registry.example/app", "v2", Tag{Digest: digest.FromBytes(c.raw)}); err != nil {
 		t.Error(err)
+	}
+	if err := c.layer.put(kept, 0, 1); err != nil && !errors.Is(err, ErrDamaged) {
+		t.Errorf("Commit: %v", err)
 	}
 	b.end()
 	if err := b.Close(); err != nil && !errors.Is(err, ErrDamaged) {
@@ -161,9 +173,12 @@ func TestDamagedIndex(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(c.dir, "index.db"), damaged, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			b := start(t, Options{Dir: c.dir})
+			b := start(t, Options{Dir: c.dir, VerifyLayer: verifyLayer})
 			for _, data := range c.whole {
 				mustGet(t, b.Store, data, 0, -1, nil0(t, b, data)) // from the files alone
+			}
+			if n := c.layer.right(t, mustCreate(t, b.Store, c.layer)); n != 10 {
+				t.Errorf("%d chunks of the layer are there", n)
 			}
 			b.close()
 			if name != "empty" {
@@ -174,7 +189,7 @@ func TestDamagedIndex(t *testing.T) {
 			c.use(t)
 			b = start(t, Options{Dir: c.dir})
 			rep, err := b.Check(t.Context(), nil)
-			if err != nil || rep.CheckedBlobs < len(c.whole) || len(rep.Damaged) > 0 {
+			if err != nil || rep.CheckedBlobs < len(c.whole) || rep.UncheckedLayers != 1 || len(rep.Damaged) > 0 {
 				t.Errorf("%+v, %v", rep, err)
 			}
 		})

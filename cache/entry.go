@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"time"
@@ -10,17 +11,31 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Entry is what the store has of one blob.
+// Form is how content is kept.
+type Form string
+
+// The forms: as a registry has it, or inflated for a mount, under the digest of the compressed blob.
+const (
+	FormBlob  Form = "blob"
+	FormLayer Form = "layer"
+)
+
+// Entry is what the store has of one digest in one form.
 type Entry struct {
-	Digest    digest.Digest `json:"digest"`
-	SizeBytes int64         `json:"sizeBytes"`
-	// PresentBytes are there; AllocatedBytes are its blocks on disk.
+	Form   Form          `json:"form"`
+	Digest digest.Digest `json:"digest"`
+	// SizeBytes of a layer is that of its content and of the files about it.
+	SizeBytes int64 `json:"sizeBytes"`
+	// PresentBytes are there (of a layer that is not complete: its blocks); AllocatedBytes are its blocks on disk.
 	PresentBytes   int64 `json:"presentBytes"`
 	AllocatedBytes int64 `json:"allocatedBytes"`
-	// Complete: all is there and the digest was checked.
+	// Chunks of a layer, and how many of them are there.
+	Chunks        int `json:"chunks,omitempty"`
+	PresentChunks int `json:"presentChunks,omitempty"`
+	// Complete: all is there and the digest was checked, or those of all chunks.
 	Complete bool `json:"complete"`
 	Pinned   bool `json:"pinned"`
-	// Readers are open now; Filling: bytes are being fetched.
+	// Readers of a blob are open now; Filling: bytes are being fetched, or written.
 	Readers int       `json:"readers"`
 	Filling bool      `json:"filling"`
 	UsedAt  time.Time `json:"usedAt"` // opened last, by the clock of then
@@ -28,7 +43,7 @@ type Entry struct {
 
 func (b *blob) entry() Entry {
 	e := Entry{
-		Digest: b.digest, SizeBytes: b.size, PresentBytes: b.presentBytes(), AllocatedBytes: b.allocated,
+		Form: FormBlob, Digest: b.digest, SizeBytes: b.size, PresentBytes: b.presentBytes(), AllocatedBytes: b.allocated,
 		Complete: b.complete, Pinned: b.pins > 0, UsedAt: time.Unix(0, b.usedAt).UTC(),
 	}
 	if b.live != nil {
@@ -37,13 +52,13 @@ func (b *blob) entry() Entry {
 	return e
 }
 
-// Stat returns what there is of the blob d. accel.ErrNotFound when there is nothing.
+// Stat returns what there is of the blob d; of a layer, Layer.Stat. accel.ErrNotFound when there is nothing.
 func (s *Store) Stat(d digest.Digest) (Entry, error) {
 	if _, err := keyOf(d); err != nil {
 		return Entry{}, err
 	}
 	if isEmpty(accel.BlobDescriptor{Digest: d}) {
-		return Entry{Digest: d, Complete: true}, nil
+		return Entry{Form: FormBlob, Digest: d, Complete: true}, nil
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -54,31 +69,24 @@ func (s *Store) Stat(d digest.Digest) (Entry, error) {
 	return b.entry(), nil
 }
 
-// List returns all blobs, those used last first.
+// List returns all blobs and layers, those used last first.
 func (s *Store) List() []Entry {
 	s.mu.Lock()
-	all := make([]Entry, 0, len(s.blobs))
+	all := make([]Entry, 0, len(s.blobs)+len(s.layers))
 	for _, b := range s.blobs {
 		all = append(all, b.entry())
+	}
+	for _, l := range s.layers {
+		all = append(all, l.entry())
 	}
 	s.mu.Unlock()
 	slices.SortFunc(all, func(a, b Entry) int {
 		if c := b.UsedAt.Compare(a.UsedAt); c != 0 {
 			return c
 		}
-		return compareDigests(a.Digest, b.Digest)
+		return cmp.Or(cmp.Compare(a.Digest, b.Digest), cmp.Compare(a.Form, b.Form))
 	})
 	return all
-}
-
-func compareDigests(a, b digest.Digest) int {
-	switch {
-	case a < b:
-		return -1
-	case a > b:
-		return 1
-	}
-	return 0
 }
 
 // Usage says how full the store is. Used bytes include the index. FreeBytes is
@@ -92,37 +100,49 @@ func (s *Store) Usage() accel.CacheUsage {
 	defer s.mu.Unlock()
 	u := accel.CacheUsage{BudgetBytes: s.o.BudgetBytes, UsedBytes: s.total(), FreeBytes: free, Blobs: len(s.blobs)}
 	for d := range s.pinned {
-		if b := s.blobs[d]; b != nil {
-			u.PinnedBytes += b.allocated
+		for _, i := range s.forms(d) {
+			u.PinnedBytes += i.allocated
 		}
 	}
 	return u
 }
 
-// Remove removes the blob or manifest d. accel.ErrNotFound; accel.ErrConflict while it is pinned,
-// read or filled.
+// Remove removes the blob, layer and manifest d, whatever of these there is. accel.ErrNotFound; accel.ErrConflict, and
+// nothing is removed, while it is pinned, read or filled.
 func (s *Store) Remove(d digest.Digest) error {
 	if _, err := keyOf(d); err != nil {
 		return err
 	}
 	s.mu.Lock()
-	switch b := s.blobs[d]; {
-	case s.closed:
+	forms := s.forms(d)
+	if err := s.removable(d, forms); err != nil {
 		s.mu.Unlock()
-		return ErrClosed
-	case s.pinned[d] > 0:
-		s.mu.Unlock()
-		return fmt.Errorf("%w: %s is pinned", accel.ErrConflict, d)
-	case b != nil && !b.evictable():
-		s.mu.Unlock()
-		return fmt.Errorf("%w: blob %s is being read or filled", accel.ErrConflict, d)
-	case b != nil:
-		s.dropNow(b, fmt.Errorf("%w: removed", accel.ErrNotFound))
-		s.removeManifest(d)
-	case !s.removeManifest(d):
+		return err
+	}
+	for _, i := range forms {
+		s.drop(i, fmt.Errorf("%w: removed", accel.ErrNotFound))
+	}
+	if had := s.removeManifest(d); !had && len(forms) == 0 {
 		s.mu.Unlock()
 		return fmt.Errorf("%w: %s", accel.ErrNotFound, d)
 	}
 	s.mu.Unlock()
+	s.unlink(forms)
 	return s.commit()
+}
+
+// removable says why d must stay. s.mu is held.
+func (s *Store) removable(d digest.Digest, forms []*item) error {
+	switch {
+	case s.closed:
+		return ErrClosed
+	case s.pinned[d] > 0:
+		return fmt.Errorf("%w: %s is pinned", accel.ErrConflict, d)
+	}
+	for _, i := range forms {
+		if !i.evictable() {
+			return fmt.Errorf("%w: %s is being read or filled", accel.ErrConflict, i.key())
+		}
+	}
+	return nil
 }

@@ -2,6 +2,7 @@ package cache
 
 import (
 	"bytes"
+	"slices"
 	"testing"
 	"time"
 
@@ -19,6 +20,9 @@ func FuzzRows(f *testing.F) {
 	f.Add(datedRow{seq: 3, digest: digest.FromString("x"), at: time.Unix(1, 2)}.encode())
 	f.Add(manifestRow{seq: 3, mediaType: "application/x", raw: []byte("{}")}.encode())
 	f.Add(encodePins([]digest.Digest{digest.FromString("x"), digest.SHA512.FromString("y")}))
+	info := layerInfo{chunks: 70, dataBytes: 70 * mib, files: [3]fileInfo{{1, 2}, {3, 4}, {5, 6}}}
+	f.Add((&layerRow{info: info, allocated: mib, seq: 5, usedAt: 7, visited: true, complete: true}).encode())
+	f.Add(encodeMarks(parts.segment(0, 70)))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if r, err := decodeBlob(b); err == nil {
@@ -28,6 +32,16 @@ func FuzzRows(f *testing.F) {
 			}
 			if !r.complete && (r.parts.count() > partsOf(r.size) || int64(len(r.parts))*64 < partsOf(r.size)) {
 				t.Errorf("blob %+v", r)
+			}
+		}
+		if r, err := decodeLayer(b); err == nil {
+			if again, err := decodeLayer(r.encode()); err != nil || again != r {
+				t.Errorf("layer %+v becomes %+v, %v", r, again, err)
+			}
+		}
+		if m, err := decodeMarks(b, 70); err == nil {
+			if again, err := decodeMarks(encodeMarks(m, 70), 70); m.count() > 0 && (err != nil || !slices.Equal(m, again)) {
+				t.Errorf("marks %v become %v, %v", m, again, err)
 			}
 		}
 		if r, err := decodeDated(b); err == nil {

@@ -10,8 +10,6 @@ import (
 	"runtime/debug"
 	"sync"
 	"syscall"
-	"time"
-	"unsafe"
 
 	"go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
@@ -20,6 +18,8 @@ import (
 // The tables of the index: the first byte of a row's key.
 const (
 	tableBlobs     = "b"
+	tableLayers    = "i" // inflated
+	tableMarks     = "k" // of chunks; has to come after the layers
 	tableManifests = "m"
 	tableTags      = "t"
 	tableLinks     = "l"
@@ -71,267 +71,6 @@ type index struct {
 	counts  map[string]int
 	failed  error // why nothing may be written any more
 	wedged  bool  // bbolt panicked and may hold its locks: not even reads
-}
-
-// openIndex opens or makes the index and shows load every row. What is damaged is
-// set aside, and load begins again with what could be saved; reset is called before.
-func openIndex(path string, log *slog.Logger, reset func(), load func(table, key string, content []byte) error) (*index, error) {
-	x := &index{path: path, log: log, kept: kept, pending: map[rowKey][]byte{}}
-	attempts := x.begin()
-	_, suspected := os.Stat(x.suspectPath())
-	if attempts > openAttempts || suspected == nil {
-		why := fmt.Errorf("%w: it was given up while in use", ErrDamaged)
-		if attempts > openAttempts {
-			why = fmt.Errorf("%w: the process died %d times while opening it", ErrDamaged, attempts-1)
-		}
-		if err := x.setAside(why, attempts <= openAttempts); err != nil {
-			return nil, err
-		}
-	}
-	reset()
-	err := x.open(load)
-	if errors.Is(err, ErrDamaged) {
-		if err := x.setAside(err, true); err != nil {
-			return nil, err
-		}
-		reset()
-		err = x.open(load)
-	}
-	if err != nil {
-		return nil, err
-	}
-	for k, row := range x.pending { // saved ones
-		if err := load(k.table, k.key, row[checksumBytes:]); err != nil {
-			delete(x.pending, k)
-		}
-	}
-	if err := os.Remove(x.attemptsPath()); err != nil {
-		return nil, errors.Join(fmt.Errorf("open the cache's index: %w", err), x.close())
-	}
-	return x, nil
-}
-
-func (x *index) attemptsPath() string { return x.path + ".opening" }
-func (x *index) suspectPath() string  { return x.path + ".suspect" }
-func (x *index) asidePath() string    { return x.path + ".damaged" }
-
-// begin counts the attempts to open the index, this one included, since one succeeded.
-func (x *index) begin() int {
-	f, err := os.OpenFile(x.attemptsPath(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		return 1
-	}
-	defer f.Close()
-	if _, err := f.Write([]byte{'.'}); err != nil {
-		return 1
-	}
-	info, err := f.Stat()
-	if err != nil {
-		return 1
-	}
-	return int(info.Size())
-}
-
-func (x *index) open(load func(table, key string, content []byte) error) (err error) {
-	defer func() {
-		if err != nil && x.file != nil {
-			_ = abandon(x.file) // the error is known
-			x.db, x.file = nil, nil
-		}
-	}()
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // of this goroutine
-	defer guard(&err, "open")
-	x.db, err = bbolt.Open(x.path, 0o600, &bbolt.Options{
-		Timeout:         time.Second, // the directory's lock is ours, so there is nobody to wait for
-		FreelistType:    bbolt.FreelistMapType,
-		InitialMmapSize: mapBytes,
-		NoStatistics:    true,
-		OpenFile: func(name string, flag int, mode os.FileMode) (_ *os.File, err error) {
-			x.file, err = os.OpenFile(name, flag, mode)
-			return x.file, err
-		},
-	})
-	switch {
-	case errors.As(err, new(syscall.Errno)): // no permission, no space, a folder
-		return fmt.Errorf("open the cache's index %s: %w", x.path, err)
-	case err != nil:
-		return fmt.Errorf("%w: open: %w", ErrDamaged, err)
-	}
-	if err := x.prepare(); err != nil {
-		return err
-	}
-	return x.db.View(func(tx *bbolt.Tx) error {
-		x.counts = map[string]int{}
-		return x.walk(tx, load)
-	})
-}
-
-// prepare makes the bucket of a new file.
-func (x *index) prepare() error {
-	fresh := false
-	err := x.db.View(func(tx *bbolt.Tx) error {
-		info, err := x.file.Stat()
-		if err != nil {
-			return err
-		}
-		if info.Size() < tx.Size() {
-			return fmt.Errorf("%w: it has %d bytes of %d", ErrDamaged, info.Size(), tx.Size())
-		}
-		if k, _ := tx.Cursor().First(); k == nil {
-			fresh = true
-			return nil
-		}
-		rows, err := rowsOf(tx)
-		if err != nil {
-			return err
-		}
-		if f := rows.Get(formatKey); !bytes.HasPrefix(f, []byte(format+"\x00")) {
-			return fmt.Errorf("%w: its format is %.40q, this version of accel reads %q", ErrDamaged, f, format)
-		}
-		return nil
-	})
-	if err != nil || !fresh {
-		return err
-	}
-	return x.db.Update(func(tx *bbolt.Tx) error {
-		rows, err := tx.CreateBucket(bucket)
-		if err != nil {
-			return err
-		}
-		return rows.Put(formatKey, append([]byte(format), formatFill...))
-	})
-}
-
-func rowsOf(tx *bbolt.Tx) (*bbolt.Bucket, error) {
-	rows := tx.Bucket(bucket)
-	if rows == nil || rows.Root() == 0 { // within another row: never ours
-		return nil, fmt.Errorf("%w: it has no rows", ErrDamaged)
-	}
-	return rows, nil
-}
-
-// eachRow shows the rows one after the other.
-func eachRow(tx *bbolt.Tx, each func(table, key string, k, v []byte) error) error {
-	rows, err := rowsOf(tx)
-	if err != nil {
-		return err
-	}
-	most := tx.Size() / checksumBytes // rows that the file can hold; more of them are a circle
-	inside := mapped(tx)
-	var last []byte
-	c := rows.Cursor()
-	for k, v := c.First(); k != nil; k, v = c.Next() {
-		if len(k) == 0 || !inside(k) || !inside(v) {
-			return fmt.Errorf("%w: a row lies outside of the file", ErrDamaged)
-		}
-		if most--; most < 0 || bytes.Compare(last, k) >= 0 {
-			return fmt.Errorf("%w: rows are out of order", ErrDamaged)
-		}
-		if last = k; bytes.Equal(k, formatKey) {
-			continue
-		}
-		if err := each(string(k[:1]), string(k[1:]), k, v); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// walk shows load every row.
-func (x *index) walk(tx *bbolt.Tx, load func(table, key string, content []byte) error) error {
-	return eachRow(tx, func(table, key string, _, v []byte) error {
-		content, err := openRow(table, key, v)
-		if err != nil {
-			return err
-		}
-		if err := load(table, key, content); err != nil {
-			return fmt.Errorf("%w: table %s: %w", ErrDamaged, table, err)
-		}
-		x.counts[table]++
-		return nil
-	})
-}
-
-// mapped says whether a slice that bbolt gave lies in the file: where it comes from noise, it
-// may be anywhere.
-func mapped(tx *bbolt.Tx) func([]byte) bool {
-	start := tx.DB().Info().Data
-	end := start + uintptr(tx.Size())
-	return func(b []byte) bool {
-		at := uintptr(unsafe.Pointer(unsafe.SliceData(b)))
-		return len(b) == 0 || (at >= start && at < end && uintptr(len(b)) <= end-at)
-	}
-}
-
-// setAside moves the index away and keeps of it what is good by itself: rows about
-// blobs are not (the page may be an old one), the files tell what there is.
-func (x *index) setAside(why error, save bool) error {
-	if err := os.Rename(x.path, x.asidePath()); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("set the damaged index aside: %w (it is damaged: %w)", err, why)
-	}
-	if err := os.Remove(x.suspectPath()); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("set the damaged index aside: %w", err)
-	}
-	if save {
-		x.save()
-	}
-	x.log.Warn("the cache's index was damaged and is rebuilt from the files", "err", why, "aside", x.asidePath(), "saved_rows", len(x.pending))
-	return nil
-}
-
-func (x *index) save() {
-	var err error
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer guard(&err, "save") // what was read until then is kept
-	var file *os.File
-	defer func() {
-		if file != nil {
-			_ = abandon(file) // it was only read
-		}
-	}()
-	db, err := bbolt.Open(x.asidePath(), 0o600, &bbolt.Options{
-		ReadOnly: true, Timeout: time.Second, NoStatistics: true,
-		OpenFile: func(name string, flag int, mode os.FileMode) (_ *os.File, err error) {
-			file, err = os.OpenFile(name, flag, mode)
-			return file, err
-		},
-	})
-	if err != nil {
-		return
-	}
-	tx, err := db.Begin(false)
-	if err != nil {
-		return
-	}
-	x.saveRows(tx)
-	_ = tx.Rollback() // of a read
-	_ = db.Close()    // of a file that was only read
-}
-
-// abandon closes the file of a bbolt.DB that cannot be closed itself: after a panic it
-// may hold its locks. The map of the file stays, and with it the lock would.
-func abandon(file *os.File) error {
-	return errors.Join(syscall.Flock(int(file.Fd()), syscall.LOCK_UN), file.Close())
-}
-
-// saveRows keeps what is good; the first thing that makes no sense ends it.
-func (x *index) saveRows(tx *bbolt.Tx) {
-	var err error
-	defer guard(&err, "save")
-	err = eachRow(tx, func(table, key string, _, v []byte) error {
-		if _, err := openRow(table, key, v); err == nil && table != tableBlobs {
-			x.pending[rowKey{table, key}] = bytes.Clone(v)
-		}
-		return nil
-	})
-}
-
-// guard turns a panic of bbolt, which panics on pages that make no sense, or a memory
-// fault in the mapped file (one that was cut) into an error.
-func guard(err *error, doing string) {
-	if p := recover(); p != nil {
-		*err = fmt.Errorf("%w: %s the index: panic: %v", ErrDamaged, doing, p)
-	}
 }
 
 // get returns a row's content, not for changing.
@@ -389,6 +128,13 @@ func (x *index) put(table, key string, content []byte) {
 	x.pending[rowKey{table, key}] = sealRow(table, key, content)
 }
 
+// putAll puts sealed rows, nil to remove one, that are to be in the same commit.
+func (x *index) putAll(rows map[rowKey][]byte) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	maps.Copy(x.pending, rows)
+}
+
 func (x *index) remove(table, key string) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -408,6 +154,10 @@ func (x *index) commit(own map[rowKey][]byte) error {
 	if x.failed != nil {
 		defer x.mu.Unlock()
 		return x.failed
+	}
+	if x.db == nil {
+		defer x.mu.Unlock()
+		return fmt.Errorf("write the cache's index: %w", ErrClosed)
 	}
 	x.flight, x.pending = x.pending, map[rowKey][]byte{}
 	flight := x.flight
@@ -477,28 +227,6 @@ func (x *index) write(flight, own map[rowKey][]byte) (counts map[string]int, err
 		err = fmt.Errorf("write the cache's index %s: %w", x.path, err)
 	}
 	return counts, err
-}
-
-func (x *index) giveUp(err error, wedged bool) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	x.wedged = x.wedged || wedged
-	if x.failed != nil {
-		return
-	}
-	x.failed = fmt.Errorf("the cache's index was given up, start again: %w", err)
-	f, err := os.Create(x.suspectPath())
-	if err != nil {
-		x.log.Error("the damaged index could not be marked as such; remove it by hand", "index", x.path, "err", err)
-		return
-	}
-	f.Close()
-}
-
-func (x *index) failure() error {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	return x.failed
 }
 
 // allocated is what the index takes on disk.

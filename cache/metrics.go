@@ -18,6 +18,8 @@ type metrics struct {
 	fetched     *prometheus.CounterVec
 	fills       *prometheus.CounterVec
 	dropped     *prometheus.CounterVec
+	layers      *prometheus.CounterVec
+	wrongChunks prometheus.Counter
 	evictions   prometheus.Counter
 	evictedSize prometheus.Counter
 	passed      prometheus.Counter
@@ -46,13 +48,21 @@ func newMetrics(r prometheus.Registerer, s *Store) (*metrics, error) {
 			Name: "accel_cache_dropped_blobs_total",
 			Help: "Blobs that were dropped because something was wrong with them, by what (digest, damaged).",
 		}, []string{"reason"}),
+		layers: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "accel_cache_removed_layers_total",
+			Help: "Layers that went, by why (evicted, damaged).",
+		}, []string{"reason"}),
+		wrongChunks: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "accel_cache_wrong_chunks_total",
+			Help: "Chunks of layers that were not as they had been written.",
+		}),
 		evictions: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "accel_cache_evicted_blobs_total",
 			Help: "Blobs that were evicted to make room.",
 		}),
 		evictedSize: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "accel_cache_evicted_bytes_total",
-			Help: "Bytes on disk that eviction gave back.",
+			Help: "Bytes on disk that eviction of blobs and layers gave back.",
 		}),
 		passed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "accel_cache_uncached_reads_total",
@@ -69,11 +79,12 @@ func newMetrics(r prometheus.Registerer, s *Store) (*metrics, error) {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return of(s.Usage()) })
 	}
 	m.collectors = []prometheus.Collector{
-		m.reads, m.fetched, m.fills, m.dropped, m.evictions, m.evictedSize, m.passed, m.commits,
+		m.reads, m.fetched, m.fills, m.dropped, m.layers, m.wrongChunks, m.evictions, m.evictedSize, m.passed, m.commits,
 		gauge("accel_cache_used_bytes", "Bytes that the cache takes on disk.", func(u accel.CacheUsage) float64 { return float64(u.UsedBytes) }),
 		gauge("accel_cache_budget_bytes", "Bytes that the cache may take; 0: not bounded.", func(u accel.CacheUsage) float64 { return float64(u.BudgetBytes) }),
 		gauge("accel_cache_pinned_bytes", "Bytes on disk that may not be evicted.", func(u accel.CacheUsage) float64 { return float64(u.PinnedBytes) }),
 		gauge("accel_cache_blobs", "Blobs in the cache.", func(u accel.CacheUsage) float64 { return float64(u.Blobs) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "accel_cache_layers", Help: "Layers that are kept inflated in the cache."}, func() float64 { return float64(s.held().layers) }),
 	}
 	if r == nil {
 		return m, nil
@@ -130,7 +141,11 @@ func (m *metrics) fillEnded(f *fill) {
 	m.fills.WithLabelValues(result).Inc()
 }
 
-func (m *metrics) lost(why error) {
+func (m *metrics) lost(i *item, why error) {
+	if i.layer != nil {
+		m.layers.WithLabelValues("damaged").Inc()
+		return
+	}
 	reason := "damaged"
 	if errors.Is(why, ErrDigest) {
 		reason = "digest"
@@ -138,9 +153,13 @@ func (m *metrics) lost(why error) {
 	m.dropped.WithLabelValues(reason).Inc()
 }
 
-func (m *metrics) evicted(b *blob) {
+func (m *metrics) evicted(i *item) {
+	m.evictedSize.Add(float64(i.allocated))
+	if i.layer != nil {
+		m.layers.WithLabelValues("evicted").Inc()
+		return
+	}
 	m.evictions.Inc()
-	m.evictedSize.Add(float64(b.allocated))
 }
 
 // committed times a commit from the call to the call of what it returns.

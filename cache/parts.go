@@ -55,3 +55,13 @@ func bitmapOf(b []byte, parts int64) (bitmap, error) {
 	}
 	return m, nil
 }
+
+func (m bitmap) unset(part int64) { m[part/64] &^= 1 << (part % 64) }
+
+func fullBitmap(parts int64) bitmap {
+	m := newBitmap(parts)
+	for part := range parts {
+		m.set(part)
+	}
+	return m
+}

@@ -135,7 +135,7 @@ func (r *Reader) attach() error {
 		}
 		tooMany := errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
 		if !tooMany {
-			s.lose(b, fmt.Errorf("%w: blob %s: %w", ErrDamaged, b.digest, err))
+			s.lose(&b.item, fmt.Errorf("%w: blob %s: %w", ErrDamaged, b.digest, err))
 		}
 		s.mu.Lock()
 		r.leave()
@@ -157,13 +157,13 @@ func (r *Reader) find() (*blob, error) {
 	}
 	b := s.blobs[desc.Digest]
 	if b != nil && desc.SizeBytes >= 0 && b.size != desc.SizeBytes {
-		switch busy := b.live != nil && (b.live.readers > 0 || len(b.live.fills) > 0 || b.live.syncing || b.live.verifying); {
+		switch {
 		case b.complete:
 			return nil, fmt.Errorf("%w: blob %s has %d bytes, not %d", accel.ErrInvalid, b.digest, b.size, desc.SizeBytes)
-		case busy || r.fetcher == nil:
+		case b.busy() || r.fetcher == nil:
 			return nil, nil // one of the two sizes is a lie; which, the digest will tell
 		default:
-			s.dropNow(b, fmt.Errorf("%w: its size is disputed", ErrDamaged))
+			s.dropNow(&b.item, fmt.Errorf("%w: its size is disputed", ErrDamaged))
 			b = nil
 		}
 	}
@@ -171,10 +171,8 @@ func (r *Reader) find() (*blob, error) {
 		if desc.SizeBytes < 0 || r.fetcher == nil {
 			return nil, r.missing()
 		}
-		parts := partsOf(desc.SizeBytes)
-		b = &blob{digest: desc.Digest, size: desc.SizeBytes, seq: s.nextSeq(), parts: newBitmap(parts), missing: parts, pins: s.pinned[desc.Digest]}
-		s.blobs[desc.Digest] = b
-		s.order.add(b)
+		b = newBlob(desc.Digest, desc.SizeBytes, s.nextSeq())
+		s.addBlob(b)
 	}
 	desc.SizeBytes = b.size
 	b.usedAt, b.touched = s.o.Now().UnixNano(), true
@@ -267,7 +265,7 @@ func (r *Reader) WriteTo(w io.Writer) (total int64, err error) {
 func (r *Reader) fileError(err error) error {
 	err = fmt.Errorf("%w: blob %s: %w", ErrDamaged, r.desc.Digest, err)
 	if !r.isClosed() {
-		r.s.lose(r.b, err)
+		r.s.lose(&r.b.item, err)
 	}
 	return err
 }

@@ -6,14 +6,16 @@ import (
 	"syscall"
 
 	"accel"
+
+	"github.com/opencontainers/go-digest"
 )
 
-// allocate notes what b takes on disk; s.mu is held.
-func (s *Store) allocate(b *blob, n int64) {
-	if b.gone == nil {
-		s.used += n - b.allocated
+// allocate notes what i takes on disk; s.mu is held.
+func (s *Store) allocate(i *item, n int64) {
+	if i.gone == nil {
+		s.used += n - i.allocated
 	}
-	b.allocated = n
+	i.allocated = n
 }
 
 // unreserve gives n reserved bytes of f back; s.mu is held.
@@ -24,23 +26,33 @@ func (s *Store) unreserve(f *fill, n int64) {
 
 // reserve makes room for n more bytes that f is going to write.
 func (s *Store) reserve(f *fill, n int64) error {
+	if err := s.take(f.b.key(), n); err != nil {
+		return localError{err}
+	}
+	s.mu.Lock()
+	f.reserved += n
+	s.mu.Unlock()
+	return nil
+}
+
+// take makes room for n more bytes that are going to be written, and counts them in s.reserved.
+func (s *Store) take(of itemKey, n int64) error {
 	for {
 		free, err := s.free()
 		if err != nil {
-			return localError{err}
+			return err
 		}
 		s.mu.Lock()
 		short := s.short(free, n)
 		if short <= 0 {
 			s.reserved += n
-			f.reserved += n
 			s.mu.Unlock()
 			return nil
 		}
 		victims := s.victims(short)
 		s.mu.Unlock()
 		if len(victims) == 0 {
-			return localError{fmt.Errorf("%w: blob %s needs %d bytes more", ErrNoSpace, f.b.digest, short)}
+			return fmt.Errorf("%w: %s needs %d bytes more", ErrNoSpace, of, short)
 		}
 		s.unlink(victims)
 	}
@@ -117,52 +129,56 @@ func (s *Store) total() int64 { return s.used + s.strays + s.index.allocated() }
 
 // victims takes out of the store what is to be evicted for n bytes; none, when all
 // that may go is less. s.mu is held; the files are still there (see unlink).
-func (s *Store) victims(n int64) []*blob {
+func (s *Store) victims(n int64) []*item {
 	able := int64(0)
-	for b := s.order.oldest; b != nil && able < n; b = b.newer {
-		if b.evictable() {
-			able += b.allocated
+	for i := s.order.oldest; i != nil && able < n; i = i.newer {
+		if i.evictable() {
+			able += i.allocated
 		}
 	}
 	if able < n {
 		return nil
 	}
-	var victims []*blob
+	var victims []*item
 	for n > 0 {
-		b := s.order.next()
-		if b == nil {
+		i := s.order.next()
+		if i == nil {
 			break
 		}
-		n -= b.allocated
-		s.drop(b, fmt.Errorf("%w: evicted", accel.ErrNotFound))
-		s.m.evicted(b)
-		victims = append(victims, b)
+		n -= i.allocated
+		s.drop(i, fmt.Errorf("%w: evicted", accel.ErrNotFound))
+		s.m.evicted(i)
+		victims = append(victims, i)
 	}
 	return victims
 }
 
-// evictable: nobody holds it or does anything with it.
-func (b *blob) evictable() bool {
-	return b.pins == 0 && b.allocated > 0 && (b.live == nil || (b.live.readers == 0 && len(b.live.fills) == 0 && !b.live.verifying && !b.live.syncing))
-}
-
-// tomb stands for a blob that was dropped until the index has forgotten it: before
+// tomb stands for an item that was dropped until the index has forgotten it: before
 // that, no new file of that name may be made, or the old marks would be taken for its own.
 type tomb struct {
 	unlinked chan struct{} // closed when the file is gone
+	segments int64         // of marks in the index, at most
 }
 
-// drop takes b out of the store; s.mu is held. unlink has to follow.
-func (s *Store) drop(b *blob, why error) {
-	if b.gone != nil {
+// drop takes i out of the store; s.mu is held. unlink has to follow.
+func (s *Store) drop(i *item, why error) {
+	if i.gone != nil {
 		return
 	}
-	s.used -= b.allocated
-	b.gone = why
-	s.order.remove(b)
+	s.used -= i.allocated
+	i.gone = why
+	s.order.remove(i)
+	t := &tomb{unlinked: make(chan struct{})}
+	s.tombs[i.key()] = t
+	if l := i.layer; l != nil {
+		t.segments = segmentsOf(l.info.chunks)
+		delete(s.layers, i.digest)
+		delete(s.dirtyLayers, l)
+		return
+	}
+	b := i.blob
 	delete(s.blobs, b.digest)
 	delete(s.dirty, b)
-	s.tombs[b.digest] = &tomb{unlinked: make(chan struct{})}
 	if l := b.live; l != nil {
 		l.dirty = false
 		for _, f := range l.fills {
@@ -179,49 +195,78 @@ func (s *Store) drop(b *blob, why error) {
 func (s *Store) forget(b *blob) {
 	s.used -= b.allocated
 	b.gone = fmt.Errorf("%w: nothing of it came", accel.ErrNotFound)
-	s.order.remove(b)
+	s.order.remove(&b.item)
 	delete(s.blobs, b.digest)
 	delete(s.dirty, b)
 	b.live.dirty = false
 	if b.live.file != nil {
-		s.removeFile(b)
+		s.removeFile(&b.item)
 	}
 }
 
-// unlink removes the files of blobs that were dropped.
-func (s *Store) unlink(dropped []*blob) {
-	for _, b := range dropped {
-		s.removeFile(b)
+// unlink removes the files of what was dropped.
+func (s *Store) unlink(dropped []*item) {
+	for _, i := range dropped {
+		s.removeFile(i)
 		s.mu.Lock()
-		t := s.tombs[b.digest]
+		t := s.tombs[i.key()]
 		s.mu.Unlock()
 		close(t.unlinked)
 	}
 }
 
 // dropNow is drop and unlink in one; s.mu is held.
-func (s *Store) dropNow(b *blob, why error) {
-	s.drop(b, why)
-	s.removeFile(b)
-	close(s.tombs[b.digest].unlinked)
+func (s *Store) dropNow(i *item, why error) {
+	s.drop(i, why)
+	s.removeFile(i)
+	close(s.tombs[i.key()].unlinked)
 }
 
-func (s *Store) removeFile(b *blob) {
-	if err := os.Remove(s.path(b.digest)); err != nil && !os.IsNotExist(err) {
+func (s *Store) removeFile(i *item) {
+	var err error
+	if i.layer != nil {
+		err = os.RemoveAll(s.layerDir(i.digest))
+	} else {
+		err = os.Remove(s.path(i.digest))
+	}
+	if err != nil && !os.IsNotExist(err) {
 		s.o.Log.Warn("a file of the cache could not be removed", "err", err)
 	}
 }
 
-// lose drops b, of which something is wrong.
-func (s *Store) lose(b *blob, why error) {
+// lose drops i, of which something is wrong.
+func (s *Store) lose(i *item, why error) {
 	s.mu.Lock()
-	if b.gone != nil {
+	if i.gone != nil {
 		s.mu.Unlock()
 		return
 	}
-	s.drop(b, why)
+	s.drop(i, why)
 	s.mu.Unlock()
-	s.m.lost(why)
-	s.o.Log.Warn("content of the cache was dropped", "blob", b.digest, "err", why)
-	s.unlink([]*blob{b})
+	s.m.lost(i, why)
+	s.o.Log.Warn("content of the cache was dropped", "form", i.key().form, "digest", i.digest, "err", why)
+	s.unlink([]*item{i})
+}
+
+// forms are the items of one digest. s.mu is held.
+func (s *Store) forms(d digest.Digest) []*item {
+	var all []*item
+	if b := s.blobs[d]; b != nil {
+		all = append(all, &b.item)
+	}
+	if l := s.layers[d]; l != nil {
+		all = append(all, &l.item)
+	}
+	return all
+}
+
+// add lists i, which is new in the store. s.mu is held.
+func (s *Store) add(i *item) {
+	i.pins = s.pinned[i.digest]
+	s.order.add(i)
+}
+
+func (s *Store) addBlob(b *blob) {
+	s.blobs[b.digest] = b
+	s.add(&b.item)
 }

@@ -21,6 +21,9 @@ const (
 	tickEvery = time.Second
 	// commitBytes written since the last commit bring the next one at once.
 	commitBytes = 64 << 20
+	// Folders of Options.Dir: what is in the first two is named by its digest; layers are written in the
+	// third, and what is left there is removed.
+	blobsDir, layersDir, stagingDir = "blobs", "layers", "staging"
 )
 
 // Options of a Store. Dir is required.
@@ -33,9 +36,15 @@ type Options struct {
 	// FreeFloorBytes of the file system are left free; content is evicted where others
 	// take the space. 0: none.
 	FreeFloorBytes int64
-	Registerer     prometheus.Registerer // nil: no metrics
-	Log            *slog.Logger          // nil: slog.Default
-	Now            func() time.Time      // nil: time.Now. Only for what people read: recency is counted, not timed.
+	// VerifyLayer reads a layer for Check, and for taking back one that the index does not know: wrong are those
+	// of the chunks for which has is true whose bytes in f.Data are not what f.Table says, and progress is told of bytes
+	// as they are read. Before it returns it has taken the wrong ones from whoever serves the layer. An error that is not the
+	// context's or for want of file descriptors says that Meta, Table or TOC are damaged. nil: the chunks of
+	// layers are not checked, and what the index does not know of them is removed.
+	VerifyLayer func(ctx context.Context, d digest.Digest, f LayerFiles, has func(chunk int) bool, progress func(bytes int64)) (wrong []int, err error)
+	Registerer  prometheus.Registerer // nil: no metrics
+	Log         *slog.Logger          // nil: slog.Default
+	Now         func() time.Time      // nil: time.Now. Only for what people read: recency is counted, not timed.
 }
 
 // Store is a node's content. It is safe for concurrent use.
@@ -53,27 +62,31 @@ type Store struct {
 	committing sync.Mutex // one commit at a time
 	sweeping   sync.Mutex // one sweep at a time
 
-	mu        sync.Mutex
-	blobs     map[digest.Digest]*blob
-	order     order
-	tombs     map[digest.Digest]*tomb
-	dirty     map[*blob]struct{}
-	unsynced  int64 // bytes written since the last commit
-	used      int64 // allocated by blobs
-	reserved  int64 // to be allocated by fills that run
-	strays    int64 // allocated by files that nobody has looked at yet
-	seq       uint64
-	pins      map[string][]digest.Digest
-	pinned    map[digest.Digest]int
-	manifests map[digest.Digest]manifestUse
-	manifestB int64         // bytes of all manifests
-	demand    int           // fills that fetch for clients now
-	calm      chan struct{} // closed when demand ends or a fill is promoted
-	run       context.Context
-	fills     sync.WaitGroup
-	early     []*fill // asked for before Run
-	ended     bool    // no more fills
-	closed    bool
+	mu          sync.Mutex
+	blobs       map[digest.Digest]*blob
+	layers      map[digest.Digest]*Layer
+	creating    map[digest.Digest]*creation // layers that are being made or taken back
+	staged      map[string]struct{}         // paths where these are written
+	order       order
+	tombs       map[itemKey]*tomb
+	dirty       map[*blob]struct{}
+	dirtyLayers map[*Layer]struct{}
+	unsynced    int64 // bytes written since the last commit
+	used        int64 // allocated by blobs and layers
+	reserved    int64 // to be allocated by fills that run, and where layers are written
+	strays      int64 // allocated by files that nobody has looked at yet
+	seq         uint64
+	pins        map[string][]digest.Digest
+	pinned      map[digest.Digest]int
+	manifests   map[digest.Digest]manifestUse
+	manifestB   int64         // bytes of all manifests
+	demand      int           // fills that fetch for clients now
+	calm        chan struct{} // closed when demand ends or a fill is promoted
+	run         context.Context
+	fills       sync.WaitGroup
+	early       []*fill // asked for before Run
+	ended       bool    // no more fills
+	closed      bool
 }
 
 // Open opens the store in o.Dir. ErrLocked when another process has it, named by its
@@ -89,8 +102,10 @@ func Open(o Options) (*Store, error) {
 	if o.BudgetBytes < 0 || o.FreeFloorBytes < 0 {
 		return nil, fmt.Errorf("%w: a cache of %d bytes, %d left free", accel.ErrInvalid, o.BudgetBytes, o.FreeFloorBytes)
 	}
-	if err := os.MkdirAll(filepath.Join(o.Dir, "blobs"), 0o700); err != nil {
-		return nil, fmt.Errorf("make the cache directory: %w", err)
+	for _, dir := range []string{blobsDir, layersDir, stagingDir} {
+		if err := os.MkdirAll(filepath.Join(o.Dir, dir), 0o700); err != nil {
+			return nil, fmt.Errorf("make the cache directory: %w", err)
+		}
 	}
 	lock, err := lockDir(filepath.Join(o.Dir, "lock"))
 	if err != nil {
@@ -99,7 +114,8 @@ func Open(o Options) (*Store, error) {
 	s := &Store{
 		o: o, lock: lock,
 		slots: make(chan struct{}, maxFills), lowSlots: make(chan struct{}, maxLowFills), idleGrace: idleGrace, manifestsMax: manifestsBytes,
-		kick: make(chan struct{}, 1), tombs: map[digest.Digest]*tomb{}, dirty: map[*blob]struct{}{},
+		kick: make(chan struct{}, 1), tombs: map[itemKey]*tomb{}, dirty: map[*blob]struct{}{},
+		dirtyLayers: map[*Layer]struct{}{}, creating: map[digest.Digest]*creation{}, staged: map[string]struct{}{},
 	}
 	if s.index, err = openIndex(filepath.Join(o.Dir, "index.db"), o.Log, s.reset, s.load); err != nil {
 		lock.Close()
@@ -117,6 +133,7 @@ func Open(o Options) (*Store, error) {
 
 func (s *Store) reset() {
 	s.blobs = map[digest.Digest]*blob{}
+	s.layers = map[digest.Digest]*Layer{}
 	s.pins = map[string][]digest.Digest{}
 	s.pinned = map[digest.Digest]int{}
 	s.manifests = map[digest.Digest]manifestUse{}
@@ -128,6 +145,10 @@ func (s *Store) load(table, key string, content []byte) error {
 	switch table {
 	case tableBlobs:
 		return s.loadBlob(key, content)
+	case tableLayers:
+		return s.loadLayer(key, content)
+	case tableMarks:
+		return s.loadMarks(key, content)
 	case tableManifests:
 		d, err := digestOf(key)
 		if err != nil {
@@ -169,10 +190,9 @@ func (s *Store) loadBlob(key string, content []byte) error {
 	if err != nil {
 		return err
 	}
-	b := &blob{
-		digest: d, size: r.size, allocated: r.allocated, seq: r.seq, usedAt: r.usedAt,
-		visited: r.visited, complete: r.complete, parts: r.parts,
-	}
+	b := newBlob(d, r.size, r.seq)
+	b.allocated, b.usedAt, b.visited = r.allocated, r.usedAt, r.visited
+	b.complete, b.parts, b.missing = r.complete, r.parts, 0
 	if !b.complete {
 		b.missing = partsOf(b.size) - b.parts.count()
 	}
@@ -184,10 +204,17 @@ func (s *Store) loadBlob(key string, content []byte) error {
 
 // arrange puts what was loaded into the order of its coming.
 func (s *Store) arrange() {
-	s.order.fill(s.blobs)
+	all := make([]*item, 0, len(s.blobs)+len(s.layers))
+	for _, b := range s.blobs {
+		all = append(all, &b.item)
+	}
+	for _, l := range s.layers {
+		all = append(all, &l.item)
+	}
+	s.order.fill(all)
 	for d, n := range s.pinned {
-		if b := s.blobs[d]; b != nil {
-			b.pins = n
+		for _, i := range s.forms(d) {
+			i.pins = n
 		}
 	}
 }
@@ -225,8 +252,8 @@ func (s *Store) Run(ctx context.Context) error {
 		if err := s.sweep(ctx, &r); err != nil && ctx.Err() == nil {
 			s.o.Log.Error("files of the cache could not be looked at", "err", err)
 		}
-		if r.AdoptedBlobs+r.RemovedFiles+len(r.Damaged) > 0 {
-			s.o.Log.Info("files of the cache were compared with its index", "adopted", r.AdoptedBlobs, "removed_files", r.RemovedFiles, "lost", len(r.Damaged))
+		if r.AdoptedBlobs+r.AdoptedLayers+r.RemovedFiles+len(r.Damaged) > 0 {
+			s.o.Log.Info("files of the cache were compared with its index", "adopted_blobs", r.AdoptedBlobs, "adopted_layers", r.AdoptedLayers, "removed_files", r.RemovedFiles, "lost", len(r.Damaged))
 		}
 	}()
 	err := s.keep(ctx)

@@ -93,6 +93,12 @@ func (b *bed) end() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	used := int64(0)
+	for _, l := range b.layers {
+		used += l.allocated
+		if l.writers+l.checks > 0 {
+			b.t.Errorf("layer %s is being written or checked after Run", l.digest)
+		}
+	}
 	for _, blob := range b.blobs {
 		used += blob.allocated
 		if blob.live != nil && len(blob.live.fills) > 0 {
@@ -102,8 +108,8 @@ func (b *bed) end() {
 	if used != b.used || b.reserved != 0 || b.demand != 0 || b.strays != 0 {
 		b.t.Errorf("accounts: %d bytes used, %d by the blobs; %d reserved, demand %d, %d in strays", b.used, used, b.reserved, b.demand, b.strays)
 	}
-	if n := len(b.order.all()); n != len(b.blobs) {
-		b.t.Errorf("%d blobs in the order of eviction, %d in all", n, len(b.blobs))
+	if n := len(b.order.all()); n != len(b.blobs)+len(b.layers) {
+		b.t.Errorf("%d in the order of eviction, %d blobs and %d layers", n, len(b.blobs), len(b.layers))
 	}
 }
 

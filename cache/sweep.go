@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stray is a file that the index does not know.
+// stray is a file, or a layer's folder, that the index does not know.
 type stray struct {
 	path      string
 	digest    digest.Digest // empty: its name is none
@@ -21,8 +21,8 @@ type stray struct {
 	allocated int64
 }
 
-// sweep compares the files with the index: a blob whose file is gone is dropped, and a file
-// that the index does not know is taken in when its digest is right, else removed.
+// sweep compares the files with the index: a blob or layer whose file is gone is dropped, and what
+// the index does not know is taken in when its digest is right (of a layer: those of its chunks), else removed.
 // So content survives a damaged index, and what a crash left over goes.
 func (s *Store) sweep(ctx context.Context, rep *Report) error {
 	s.sweeping.Lock()
@@ -36,7 +36,7 @@ func (s *Store) sweep(ctx context.Context, rep *Report) error {
 		found[f.digest] = true
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if f.digest == "" || (s.blobs[f.digest] == nil && s.tombs[f.digest] == nil) {
+		if f.digest == "" || !s.knows(f.digest) {
 			strays = append(strays, f)
 			s.strays += f.allocated
 		}
@@ -45,26 +45,33 @@ func (s *Store) sweep(ctx context.Context, rep *Report) error {
 		return err
 	}
 	s.dropLost(since, found, rep)
-	for i, f := range strays {
-		err = s.adopt(ctx, f, rep)
+	if err := s.eachStray(strays, func(f stray) error { return s.adopt(ctx, f, rep) }); err != nil {
+		return err
+	}
+	return s.sweepLayers(ctx, since, rep)
+}
+
+// eachStray calls do for each and counts it no longer then. After an error the rest is not counted either.
+func (s *Store) eachStray(strays []stray, do func(stray) error) (err error) {
+	for _, f := range strays {
+		if err == nil {
+			err = do(f)
+		}
 		s.mu.Lock()
 		s.strays -= f.allocated
-		if err != nil {
-			for _, rest := range strays[i+1:] {
-				s.strays -= rest.allocated
-			}
-		}
 		s.mu.Unlock()
-		if err != nil {
-			return err
-		}
 	}
-	return nil
+	return err
+}
+
+// knows reports whether somebody deals with the file of blob d. s.mu is held.
+func (s *Store) knows(d digest.Digest) bool {
+	return s.blobs[d] != nil || s.tombs[itemKey{FormBlob, d}] != nil
 }
 
 // eachFile shows every file under blobs.
 func (s *Store) eachFile(ctx context.Context, each func(stray)) error {
-	root := filepath.Join(s.o.Dir, "blobs")
+	root := filepath.Join(s.o.Dir, blobsDir)
 	return filepath.WalkDir(root, func(path string, entry os.DirEntry, err error) error {
 		if err == nil {
 			err = ctx.Err()
@@ -102,7 +109,7 @@ func (s *Store) dropLost(since uint64, found map[digest.Digest]bool, rep *Report
 	}
 	s.mu.Unlock()
 	for _, b := range lost {
-		s.lose(b, fmt.Errorf("%w: blob %s: its file is gone", ErrDamaged, b.digest))
+		s.lose(&b.item, fmt.Errorf("%w: blob %s: its file is gone", ErrDamaged, b.digest))
 		rep.Damaged = append(rep.Damaged, b.digest)
 	}
 }
@@ -118,14 +125,14 @@ func (s *Store) adopt(ctx context.Context, f stray, rep *Report) error {
 	if s.closed {
 		return ErrClosed
 	}
-	if f.digest != "" && (s.blobs[f.digest] != nil || s.tombs[f.digest] != nil) {
+	if f.digest != "" && s.knows(f.digest) {
 		return nil // somebody asked for it, and looks at the file himself
 	}
 	if good {
-		b := &blob{digest: f.digest, size: f.size, seq: s.nextSeq(), usedAt: s.o.Now().UnixNano(), pins: s.pinned[f.digest]}
-		s.blobs[f.digest] = b
-		s.order.add(b)
-		s.allocate(b, f.allocated)
+		b := newBlob(f.digest, f.size, s.nextSeq())
+		b.usedAt = s.o.Now().UnixNano()
+		s.addBlob(b)
+		s.allocate(&b.item, f.allocated)
 		s.completed(b)
 		rep.AdoptedBlobs++
 		return nil
@@ -163,14 +170,14 @@ func (f stray) good(ctx context.Context) (bool, error) {
 	return file.Sync() == nil, nil
 }
 
-// held is what the blobs take, for reports.
+// held is what there is, for reports.
 type held struct {
-	blobs int
-	bytes int64
+	blobs, layers int
+	bytes         int64
 }
 
 func (s *Store) held() held {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return held{len(s.blobs), s.used}
+	return held{len(s.blobs), len(s.layers), s.used}
 }

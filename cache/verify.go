@@ -45,11 +45,11 @@ func (s *Store) verify(ctx context.Context, b *blob) error {
 		return ctx.Err() // it is checked again when somebody wants it
 	}
 	if err != nil {
-		s.lose(b, fmt.Errorf("%w: blob %s: %w", ErrDamaged, b.digest, err))
+		s.lose(&b.item, fmt.Errorf("%w: blob %s: %w", ErrDamaged, b.digest, err))
 		return localError{err}
 	}
 	err = fmt.Errorf("%w: blob %s has digest %s", ErrDigest, b.digest, got)
-	s.lose(b, err)
+	s.lose(&b.item, err)
 	return err
 }
 
