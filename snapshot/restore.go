@@ -59,17 +59,12 @@ func (s *Snapshotter) Restore(ctx context.Context) error {
 // unanswered are the keys of snapshots that were being made when the process ended: containerd was never told of them.
 func (s *Snapshotter) unanswered(ctx context.Context) ([]string, error) {
 	var keys []string
-	err := s.store.WithTransaction(ctx, false, func(ctx context.Context) error {
-		return storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error {
-			if info.Kind == snapshots.KindActive && info.Labels[labelLayer] != "" {
-				keys = append(keys, info.Name)
-			}
-			return nil
-		})
+	err := s.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+		if info.Kind == snapshots.KindActive && info.Labels[labelLayer] != "" {
+			keys = append(keys, info.Name)
+		}
+		return nil
 	})
-	if errdefs.IsNotFound(err) { // nothing was ever written
-		return nil, nil
-	}
 	return keys, err
 }
 

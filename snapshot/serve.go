@@ -36,6 +36,9 @@ func Listen(ctx context.Context, path string) (net.Listener, error) {
 }
 
 func listen(ctx context.Context, path string) (_ net.Listener, err error) {
+	if len(path) > maxSocketPath {
+		return nil, fmt.Errorf("%w: %s is too long a path for a socket", accel.ErrInvalid, path)
+	}
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
@@ -54,8 +57,8 @@ func listen(ctx context.Context, path string) (_ net.Listener, err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(private)) }()
 	made := filepath.Join(private, "s")
-	if n := max(len(made), len(path)); n > maxSocketPath {
-		return nil, fmt.Errorf("%w: %s is too long a path for a socket", accel.ErrInvalid, path)
+	if len(made) > maxSocketPath {
+		return nil, fmt.Errorf("%w: %s, where the socket is made, is too long a path for one", accel.ErrInvalid, made)
 	}
 	l, err := new(net.ListenConfig).Listen(ctx, "unix", made)
 	if err != nil {

@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/continuity/fs"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -227,9 +228,17 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 
 // Walk implements snapshots.Snapshotter.
 func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
-	return s.store.WithTransaction(ctx, false, func(ctx context.Context) error {
-		return storage.WalkInfo(ctx, fn, filters...)
+	shown := false
+	err := s.store.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return storage.WalkInfo(ctx, func(ctx context.Context, info snapshots.Info) error {
+			shown = true
+			return fn(ctx, info)
+		}, filters...)
 	})
+	if errdefs.IsNotFound(err) && !shown {
+		return nil // nothing was ever written
+	}
+	return err
 }
 
 // Close gives the folder back. Nothing is unmounted and nothing removed: containers go on.

@@ -142,6 +142,7 @@ func (l *trees) add(t testing.TB, files map[string]string) digest.Digest {
 // pins keeps its pins in files, because a process that is killed must not take them with it.
 type pins struct {
 	dir  string
+	mu   sync.Mutex
 	fail func(owner string) error
 }
 
@@ -155,7 +156,9 @@ func (p *pins) Pin(owner string, layers ...digest.Digest) error {
 			return err
 		}
 	}
-	held := p.all()[owner]
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	held := p.read()[owner]
 	for _, d := range layers {
 		if !slices.Contains(held, d) {
 			held = append(held, d)
@@ -170,6 +173,8 @@ func (p *pins) Pin(owner string, layers ...digest.Digest) error {
 }
 
 func (p *pins) Unpin(owner string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	err := os.Remove(p.path(owner))
 	if errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("%w: %s", accel.ErrNotFound, owner)
@@ -178,6 +183,12 @@ func (p *pins) Unpin(owner string) error {
 }
 
 func (p *pins) all() map[string][]digest.Digest {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.read()
+}
+
+func (p *pins) read() map[string][]digest.Digest {
 	entries, err := os.ReadDir(p.dir)
 	if err != nil {
 		panic(err)

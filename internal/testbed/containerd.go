@@ -32,6 +32,8 @@ type ContainerdOptions struct {
 	// HostsDir is its config_path, as /etc/containerd/certs.d on a real node: a
 	// directory for each registry with a hosts.toml. Empty for none.
 	HostsDir string
+	// SandboxImage is what pods' sandboxes run, for RunCRI. Empty for no pods.
+	SandboxImage string
 	// Extra is added to its config.toml.
 	Extra string
 }
@@ -69,7 +71,8 @@ func (l *lockedBuffer) String() string {
 }
 
 // Namespaces do not see each other's blobs, so that a pull into one is a pull
-// whatever the others hold.
+// whatever the others hold. A machine may not let root make a process less likely to be killed than
+// itself (CAP_SYS_RESOURCE), which sandboxes ask for.
 var configs = map[string]*template.Template{
 	Containerd2: template.Must(template.New("").Parse(`version = 4
 root = '{{.Dir}}/root'
@@ -89,8 +92,12 @@ temp = '{{.Dir}}/temp'
   socket_dir = '{{.Dir}}/s'
 [plugins.'io.containerd.transfer.v1.local']
   config_path = '{{.HostsDir}}'
-[plugins.'io.containerd.cri.v1.images'.registry]
+{{with .SandboxImage}}[plugins.'io.containerd.cri.v1.images'.pinned_images]
+  sandbox = '{{.}}'
+{{end}}[plugins.'io.containerd.cri.v1.images'.registry]
   config_path = '{{.HostsDir}}'
+[plugins.'io.containerd.cri.v1.runtime']
+  restrict_oom_score_adj = true
 [plugins.'io.containerd.cri.v1.runtime'.cni]
   bin_dirs = ['{{.Dir}}/cni/bin']
   conf_dir = '{{.Dir}}/cni/net.d'
@@ -105,7 +112,10 @@ temp = '{{.Dir}}/temp'
   content_sharing_policy = 'isolated'
 [plugins.'io.containerd.internal.v1.opt']
   path = '{{.Dir}}/opt'
-[plugins.'io.containerd.grpc.v1.cri'.registry]
+[plugins.'io.containerd.grpc.v1.cri']
+  restrict_oom_score_adj = true
+{{with .SandboxImage}}  sandbox_image = '{{.}}'
+{{end}}[plugins.'io.containerd.grpc.v1.cri'.registry]
   config_path = '{{.HostsDir}}'
 [plugins.'io.containerd.grpc.v1.cri'.cni]
   bin_dir = '{{.Dir}}/cni/bin'
@@ -136,7 +146,7 @@ func StartContainerd(ctx context.Context, o ContainerdOptions) (_ *Containerd, e
 		}
 	}()
 	var text bytes.Buffer
-	err = config.Execute(&text, map[string]string{"Dir": dir, "Socket": c.Socket(), "HostsDir": o.HostsDir, "Extra": o.Extra})
+	err = config.Execute(&text, map[string]string{"Dir": dir, "Socket": c.Socket(), "HostsDir": o.HostsDir, "SandboxImage": o.SandboxImage, "Extra": o.Extra})
 	if err != nil {
 		return nil, err
 	}
