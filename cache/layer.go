@@ -145,6 +145,12 @@ func (l *Layer) Use() {
 	l.used = true
 }
 
+// Lose drops a layer of which a user found that it cannot be used, as Check does with damaged ones. Pins stay,
+// and the layer may be created again.
+func (l *Layer) Lose(why error) {
+	l.s.lose(&l.item, fmt.Errorf("%w: layer %s: %w", ErrDamaged, l.digest, why))
+}
+
 // Reserve makes room for bytes that are going to be written to Data. It evicts others where that is necessary; ErrNoSpace where it
 // is not enough. release is called once they are written; the layer is not evicted before.
 func (l *Layer) Reserve(bytes int64) (release func(), err error) {

@@ -61,7 +61,7 @@ type Options struct {
 	// images may be mounted as they are where they are eStargz themselves.
 	Except, Stargz []string
 	// BackgroundBytesPerSecond bounds what is fetched before it is read; 0: what is left of the
-	// network; negative: nothing is.
+	// network; negative: nothing is (prefetch.Options).
 	BackgroundBytesPerSecond int64
 	// SetAside is told of a layer whose image lied about its DiffID, by the chain ID that containerd
 	// knows it by. Nothing may use it any more.
@@ -140,7 +140,10 @@ func New(o Options) (*Lazy, error) {
 	if l.answers, err = lru.New[imageKey, *answer](maxAnswers); err != nil {
 		return nil, err
 	}
-	l.filler = prefetch.New(prefetch.Options{BackgroundBytesPerSecond: o.BackgroundBytesPerSecond, Registerer: o.Registerer, Log: o.Log})
+	l.filler, err = prefetch.New(prefetch.Options{BackgroundBytesPerSecond: o.BackgroundBytesPerSecond, Registerer: o.Registerer, Log: o.Log})
+	if err != nil {
+		return nil, err
+	}
 	l.host, err = lazyfs.NewHost(lazyfs.Options{
 		Dir: o.RunDir, Version: o.Version, Holder: o.Holder, Filler: filler{l.filler}, HolderDied: l.holderDied, Log: o.Log,
 	})

@@ -130,8 +130,8 @@ func (l *Lazy) fetchTOC(ctx context.Context, d digest.Digest, o origin) (packed,
 
 // add gives an open layer to the mounts and to what fills them. The caller holds the layer's lock.
 func (l *Lazy) add(d digest.Digest, stored *cache.Layer, o origin) error {
-	f := stored.Files()
-	layer, err := l.host.Add(d, lazyfs.Files{Meta: f.Meta, Table: f.Table, Data: f.Data}, stored.Has())
+	f, has := stored.Files(), stored.Has()
+	layer, err := l.host.Add(d, lazyfs.Files{Meta: f.Meta, Table: f.Table, Data: f.Data}, has)
 	if err != nil {
 		return fmt.Errorf("open layer %s: %w", d, err)
 	}
@@ -140,7 +140,8 @@ func (l *Lazy) add(d digest.Digest, stored *cache.Layer, o origin) error {
 	l.open[d] = y
 	l.mu.Unlock()
 	err = l.filler.Add(prefetch.Layer{
-		Content: layer, Source: &source{l, y, d},
+		Content: layer, Source: &source{l, y, d}, Host: o.host(),
+		Persisted: has,
 		Reserve:   stored.Reserve,
 		Persist:   stored.Commit,
 		Completed: func() { l.completed(y) },
@@ -170,24 +171,24 @@ func (l *Lazy) completed(y *openLayer) {
 
 // Mount implements snapshot.Mounts. The layer is pinned by then.
 func (l *Lazy) Mount(ctx context.Context, d digest.Digest, target string) error {
-	if err := l.openLayer(ctx, d, nil); err != nil {
-		return err
-	}
-	err := l.host.Mount(ctx, d, target)
+	err := l.mount(ctx, d, target)
 	if errors.Is(err, lazyfs.ErrDamaged) {
 		l.o.Log.Error("a layer's files are damaged; they are made anew", "layer", d, "error", err)
-		if err := l.drop(ctx, d); err != nil {
-			return err
+		if err = l.lose(ctx, d, err); err == nil {
+			err = l.mount(ctx, d, target)
 		}
-		if err := l.openLayer(ctx, d, nil); err != nil {
-			return err
-		}
-		err = l.host.Mount(ctx, d, target)
 	}
 	if err == nil {
 		l.pulls.mounted(d)
 	}
 	return err
+}
+
+func (l *Lazy) mount(ctx context.Context, d digest.Digest, target string) error {
+	if err := l.openLayer(ctx, d, nil); err != nil {
+		return err
+	}
+	return l.host.Mount(ctx, d, target)
 }
 
 // Unmount implements snapshot.Mounts.
@@ -204,7 +205,12 @@ func (l *Lazy) sweep(ctx context.Context) error {
 		case <-tick.C:
 		}
 		mounted := map[digest.Digest]bool{}
-		for _, m := range l.host.Mounts() {
+		mounts, err := l.host.Mounts()
+		if err != nil {
+			l.o.Log.Warn("mounts cannot be listed", "error", err)
+			continue
+		}
+		for _, m := range mounts {
 			mounted[m.Digest] = true
 		}
 		var idle []digest.Digest
@@ -243,7 +249,7 @@ func (l *Lazy) closeIdle(ctx context.Context, d digest.Digest) error {
 // closeLayer ends filling first, then takes the layer from the holder. The caller holds its lock.
 func (l *Lazy) closeLayer(ctx context.Context, d digest.Digest) error {
 	l.filler.Remove(d)
-	if err := l.host.Remove(ctx, d); err != nil {
+	if err := l.host.Remove(ctx, d); err != nil && !errors.Is(err, lazyfs.ErrUnknown) {
 		return err
 	}
 	l.mu.Lock()
@@ -252,8 +258,8 @@ func (l *Lazy) closeLayer(ctx context.Context, d digest.Digest) error {
 	return nil
 }
 
-// drop removes a layer's files.
-func (l *Lazy) drop(ctx context.Context, d digest.Digest) error {
+// lose gives a layer's files up, so that they are made anew.
+func (l *Lazy) lose(ctx context.Context, d digest.Digest, why error) error {
 	unlock, err := l.locks.Lock(ctx, d.String())
 	if err != nil {
 		return err
@@ -262,8 +268,12 @@ func (l *Lazy) drop(ctx context.Context, d digest.Digest) error {
 	if err := l.closeLayer(ctx, d); err != nil {
 		return err
 	}
-	if err := l.o.Store.DropLayer(d); err != nil && !errors.Is(err, accel.ErrNotFound) {
-		return err
+	stored, err := l.o.Store.Layer(d)
+	if errors.Is(err, accel.ErrNotFound) {
+		return nil
 	}
-	return nil
+	if err == nil {
+		stored.Lose(why)
+	}
+	return err
 }

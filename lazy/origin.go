@@ -71,6 +71,12 @@ func (o origin) join(n origin) (origin, error) {
 	return o, nil
 }
 
+// host is the registry that is asked first.
+func (o origin) host() string {
+	host, _, _ := strings.Cut(o.Repositories[0], "/")
+	return host
+}
+
 func (o origin) equal(n origin) bool {
 	return slices.Equal(o.Repositories, n.Repositories) && slices.Equal(o.Claims, n.Claims) &&
 		o.SizeBytes == n.SizeBytes && o.TOCDigest == n.TOCDigest && o.TOCOffset == n.TOCOffset && o.Signed == n.Signed && o.DiffID == n.DiffID

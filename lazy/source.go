@@ -26,12 +26,16 @@ func (s *source) Range(ctx context.Context, offset, length int64) (io.ReadCloser
 	s.l.mu.Lock()
 	o := s.y.origin
 	s.l.mu.Unlock()
+	whole := length < 0
+	if whole {
+		offset, length = 0, o.SizeBytes
+	}
 	var errs []error
 	for _, repository := range o.Repositories {
 		from, err := s.l.o.Registry.Source(repository, "")
 		if err == nil {
 			var r io.ReadCloser
-			if r, err = s.l.blob(ctx, from, s.d, o.SizeBytes, offset, length); err == nil || ctx.Err() != nil {
+			if r, err = s.l.blob(ctx, from, s.d, o.SizeBytes, offset, length, whole); err == nil || ctx.Err() != nil {
 				return r, err
 			}
 		}
@@ -40,8 +44,9 @@ func (s *source) Range(ctx context.Context, offset, length int64) (io.ReadCloser
 	return nil, errors.Join(errs...)
 }
 
-// blob opens bytes of a blob, which are not checked against its digest.
-func (l *Lazy) blob(ctx context.Context, source *registry.Source, d digest.Digest, sizeBytes, offset, length int64) (io.ReadCloser, error) {
+// blob opens bytes of a blob, which are not checked against its digest. The error wraps prefetch.ErrUnranged where the
+// registry has no ranges; whole says that the blob is read to its end, so that this is no matter.
+func (l *Lazy) blob(ctx context.Context, source *registry.Source, d digest.Digest, sizeBytes, offset, length int64, whole bool) (io.ReadCloser, error) {
 	if e, err := l.o.Store.Stat(d); err == nil && e.Complete {
 		if r, err := l.o.Store.OpenBlob(ctx, accel.BlobDescriptor{Digest: d, SizeBytes: sizeBytes}, offset, length, nil); err == nil {
 			return r, nil
@@ -51,7 +56,7 @@ func (l *Lazy) blob(ctx context.Context, source *registry.Source, d digest.Diges
 	if err != nil {
 		return nil, err
 	}
-	if r.Unranged && offset > 0 {
+	if r.Unranged && !whole {
 		return nil, errors.Join(fmt.Errorf("%w: %s", prefetch.ErrUnranged, source.Host()), r.Close())
 	}
 	return r, nil

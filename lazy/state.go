@@ -38,7 +38,11 @@ func (l *Lazy) Layers() []LayerState {
 		mounts[d] = s
 	}
 	l.mu.Unlock()
-	for _, m := range l.host.Mounts() {
+	at, err := l.host.Mounts()
+	if err != nil {
+		l.o.Log.Warn("mounts cannot be listed", "error", err)
+	}
+	for _, m := range at {
 		if s := mounts[m.Digest]; s != nil {
 			s.Mounts++
 			s.Lazy = s.Lazy || m.Lazy

@@ -92,7 +92,7 @@ func (l *Lazy) ranged(ctx context.Context, source *registry.Source, d digest.Dig
 	if n <= 0 || n > maxPackedTOCBytes {
 		return nil, fmt.Errorf("%w: of %d bytes", errTOC, n)
 	}
-	r, err := l.blob(ctx, source, d, sizeBytes, offset, n)
+	r, err := l.blob(ctx, source, d, sizeBytes, offset, n, false)
 	if err != nil {
 		return nil, err
 	}

@@ -142,10 +142,10 @@ func (n *Node) verifyLayer(ctx context.Context, d digest.Digest, f cache.LayerFi
 
 // MountedImage is an image that containerd has lazily mounted layers of.
 type MountedImage struct {
-	Image  string             `json:"image" doc:"as it was asked for"`
-	Digest digest.Digest      `json:"digest" doc:"of the platform's manifest that was asked for"`
-	Layers []lazy.LayerState  `json:"layers"`
-	Bad    map[string]string  `json:"bad,omitempty" doc:"snapshots on which no container can start, and why"`
+	Image  string            `json:"image" doc:"as it was asked for"`
+	Digest digest.Digest     `json:"digest" doc:"of the platform's manifest that was asked for"`
+	Layers []lazy.LayerState `json:"layers"`
+	Bad    map[string]string `json:"bad,omitempty" doc:"snapshots on which no container can start, and why"`
 	// The sums of its layers.
 	SizeBytes    int64         `json:"sizeBytes"`
 	LocalPercent float64       `json:"localPercent"`
