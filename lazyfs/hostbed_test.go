@@ -9,9 +9,11 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -90,6 +92,16 @@ const testChunkBytes = 256 << 10
 
 // newSample has count files of up to mostBytes.
 func newSample(seed uint64, count, mostBytes int) *sample {
+	rng := rand.New(rand.NewPCG(seed, 2))
+	files := map[string][]byte{}
+	for i := range count {
+		files[fmt.Sprintf("d%02d/f%05d", i%17, i)] = bytesOf(seed*1_000_003+uint64(i), 1+rng.IntN(mostBytes))
+	}
+	return sampleOf(seed, files)
+}
+
+// sampleOf is a layer of these files, in the order of their names.
+func sampleOf(seed uint64, files map[string][]byte) *sample {
 	type entry struct {
 		Name        string `json:"name"`
 		Type        string `json:"type"`
@@ -101,15 +113,13 @@ func newSample(seed uint64, count, mostBytes int) *sample {
 		Digest      string `json:"digest,omitempty"`
 		ChunkDigest string `json:"chunkDigest,omitempty"`
 	}
-	im := &sample{digest: digest.FromString(fmt.Sprint("layer ", seed)), files: map[string][]byte{}}
-	rng := rand.New(rand.NewPCG(seed, 2))
+	im := &sample{
+		digest: digest.FromString(fmt.Sprint("layer ", seed)), files: files, names: slices.Sorted(maps.Keys(files)),
+	}
 	var entries []entry
 	at := int64(1)
-	for i := range count {
-		name := fmt.Sprintf("d%02d/f%05d", i%17, i)
-		b := bytesOf(seed*1_000_003+uint64(i), 1+rng.IntN(mostBytes))
-		im.names = append(im.names, name)
-		im.files[name] = b
+	for _, name := range im.names {
+		b := files[name]
 		for off := 0; off < len(b); off += testChunkBytes {
 			c := b[off:min(off+testChunkBytes, len(b))]
 			e := entry{

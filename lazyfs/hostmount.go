@@ -7,14 +7,17 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"unsafe"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 )
 
-// readAheadBytes is what the kernel reads at once of a lazily mounted layer where reading is
-// sequential; its default of 128 KiB makes the way through FUSE the bottleneck.
-const readAheadBytes = 512 << 10
+// readAheadBytes is what the kernel reads at once of a lazy mount, where reading is
+// sequential and around a page fault. Present content came through FUSE at 1.2 GB/s
+// with the kernel's default of 128 KiB, at 1.8 with this and at 2.9 with 512 KiB; but a
+// fault waits for all chunks that the range touches, and with more it would often be two.
+const readAheadBytes = 256 << 10
 
 // Mount mounts a layer at target: from the data file where it is complete, else through a
 // holder. It waits until Run has adopted what a former daemon left. Mounting what is there
@@ -55,20 +58,20 @@ func (h *Host) Mount(ctx context.Context, d digest.Digest, target string) error 
 		}
 		put = func(fd int) error { return replace(fd, target) }
 	}
-	fd, err := h.make(ctx, l)
+	lazy := !l.Complete()
+	fd, err := h.make(ctx, l, lazy)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(fd)
-	if err = put(fd); err != nil {
-		return err
+	if err = put(fd); err == nil && lazy {
+		h.readAhead(target)
 	}
-	h.readAhead(target)
-	return nil
+	return err
 }
 
-func (h *Host) make(ctx context.Context, l *Layer) (int, error) {
-	if l.Complete() {
+func (h *Host) make(ctx context.Context, l *Layer, lazy bool) (int, error) {
+	if !lazy {
 		return h.makePlain(l)
 	}
 	const tries = 3 // a holder may die at any moment
@@ -81,7 +84,7 @@ func (h *Host) make(ctx context.Context, l *Layer) (int, error) {
 			var fd int
 			fd, err = makeMount(mountSpec{
 				source: filepath.Join(h.o.Dir, sourcesDir, link.name, fileName(l.digest)), meta: l.files.Meta,
-				data: filepath.Join(link.dir, holderFuse, fileName(l.digest)), loop: h.o.ForceLoop,
+				data: filepath.Join(link.dir, holderFuse, fileName(l.digest)), lazy: true, loop: h.o.ForceLoop,
 			})
 			if err == nil {
 				return fd, nil
@@ -102,15 +105,34 @@ func (h *Host) makePlain(l *Layer) (int, error) {
 
 // readAhead tunes the mount at target. Without it all works, only slower.
 func (h *Host) readAhead(target string) {
-	var st unix.Stat_t
-	err := unix.Stat(target, &st)
+	name, err := sysfsName(target)
 	if err == nil {
-		path := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", unix.Major(st.Dev), unix.Minor(st.Dev))
+		path := filepath.Join("/sys/class/bdi", filepath.Base(name), "read_ahead_kb")
 		err = os.WriteFile(path, []byte(strconv.Itoa(readAheadBytes>>10)), 0)
 	}
 	if err != nil {
-		h.o.Log.Debug("read-ahead", "target", target, "error", err)
+		h.o.Log.Debug("read-ahead stays as it is", "target", target, "error", err)
 	}
+}
+
+// sysfsName is FS_IOC_GETFSSYSFSPATH (Linux 6.9): a file-backed EROFS tells the name of
+// its backing device, and nothing else does.
+func sysfsName(path string) (string, error) {
+	const getSysfsPath = 0x80811501
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", err
+	}
+	defer unix.Close(fd)
+	var name struct {
+		length uint8
+		bytes  [128]byte
+	}
+	_, _, no := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), getSysfsPath, uintptr(unsafe.Pointer(&name)))
+	if no != 0 {
+		return "", no
+	}
+	return string(name.bytes[:min(int(name.length), len(name.bytes))]), nil
 }
 
 // Unmount takes away all that Mount and Complete put at target. Who has it open keeps it. Nothing mounted there
@@ -199,9 +221,5 @@ func (h *Host) complete(l *Layer, target string, stack []MountInfo) error {
 		return err
 	}
 	defer unix.Close(fd)
-	if err = replace(fd, target); err != nil {
-		return err
-	}
-	h.readAhead(target)
-	return nil
+	return replace(fd, target)
 }

@@ -41,7 +41,8 @@ type mountSpec struct {
 	source string // the link; see sourcesDir
 	meta   string
 	data   string // the data file, or the holder's FUSE file
-	loop   bool
+	lazy   bool   // it is the holder's
+	loop   bool   // through loop devices
 }
 
 // makeMount makes a mount that is nowhere yet. Errors: ErrUnsupported, what the kernel gave with its words.
@@ -49,7 +50,7 @@ func makeMount(s mountSpec) (fd int, err error) {
 	if s.loop {
 		return makeLoopMount(s)
 	}
-	fd, err = newEROFS(s.source, s.meta, s.data)
+	fd, err = newEROFS(s.source, s.meta, s.data, s.lazy)
 	if errors.Is(err, unix.ENOTBLK) { // before Linux 6.12
 		return makeLoopMount(s)
 	}
@@ -57,7 +58,7 @@ func makeMount(s mountSpec) (fd int, err error) {
 }
 
 // newEROFS mounts what source is made to point to.
-func newEROFS(source, meta, data string) (int, error) {
+func newEROFS(source, meta, data string, lazy bool) (int, error) {
 	if err := linkSource(source, meta); err != nil {
 		return -1, err
 	}
@@ -76,9 +77,12 @@ func newEROFS(source, meta, data string) (int, error) {
 		err = unix.FsconfigSetString(fs, "device", data)
 	}
 	if err == nil {
-		// Reads of the data device that do not wait for one another. Older kernels
-		// do not know it.
-		_ = unix.FsconfigSetFlag(fs, "directio")
+		if lazy {
+			// Reads ahead then do not wait for one another; older kernels do not
+			// know it. A plain file is better read through its own page cache, which has what was
+			// just filled.
+			_ = unix.FsconfigSetFlag(fs, "directio")
+		}
 		err = unix.FsconfigCreate(fs)
 	}
 	if err != nil {

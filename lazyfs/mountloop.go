@@ -24,7 +24,7 @@ func makeLoopMount(s mountSpec) (int, error) {
 		return -1, err
 	}
 	defer data.Close()
-	return newEROFS(s.source, meta.Name(), data.Name())
+	return newEROFS(s.source, meta.Name(), data.Name(), false)
 }
 
 // attachLoop makes path a read-only block device, which goes when its last user
