@@ -85,9 +85,18 @@ const (
 // the first Read.
 func NewReader(r io.Reader) *Reader {
 	z := &Reader{}
-	z.src = r
-	z.start, z.wpos, z.rpos, z.summed, z.matched = windowBytes, windowBytes, windowBytes, windowBytes, windowBytes
+	z.Reset(r)
 	return z
+}
+
+// Reset starts to read r as NewReader does, wherever z is and whatever its error. What
+// Next returned is not valid any more. r is kept until the next Reset.
+func (z *Reader) Reset(r io.Reader) {
+	z.src = r
+	z.pos, z.end, z.eof, z.bits, z.nb = 0, 0, false, 0, 0
+	z.start, z.wpos, z.rpos, z.summed, z.matched = windowBytes, windowBytes, windowBytes, windowBytes, windowBytes
+	z.found, z.crc, z.size, z.err = 0, 0, 0, nil
+	z.state, z.final, z.fast, z.left = header, false, false, 0
 }
 
 // Read implements io.Reader. Bytes of a member are given away before its checksum

@@ -161,6 +161,37 @@ func TestDamaged(t *testing.T) {
 	}
 }
 
+// A Reader that is used again knows nothing of what it read before, however that ended.
+func TestReset(t *testing.T) {
+	z := NewReader(bytes.NewReader(nil))
+	r := rand.New(rand.NewPCG(5, 6))
+	all := contents()
+	for i := range 200 {
+		content := all[r.IntN(len(all))]
+		blob := packed(content, []int{flate.HuffmanOnly, 0, 1, 6}[r.IntN(4)])
+		switch r.IntN(4) {
+		case 0: // ends early
+			z.Reset(bytes.NewReader(blob[:r.IntN(len(blob))]))
+			io.Copy(io.Discard, z)
+		case 1: // is given up
+			z.Reset(bytes.NewReader(blob))
+			io.CopyN(io.Discard, z, int64(len(content)/2))
+		case 2: // is damaged
+			bad := bytes.Clone(blob)
+			bad[r.IntN(len(bad))] ^= 0xff
+			z.Reset(bytes.NewReader(bad))
+			io.Copy(io.Discard, z)
+		case 3: // was read by pieces
+			z.Reset(bytes.NewReader(blob))
+			z.Next()
+		}
+		z.Reset(bytes.NewReader(blob))
+		if got, err := io.ReadAll(z); err != nil || !bytes.Equal(got, content) {
+			t.Fatalf("round %d: %d of %d bytes, error %v", i, len(got), len(content), err)
+		}
+	}
+}
+
 // FuzzReader compares with the standard library: both fail, or both give the same.
 func FuzzReader(f *testing.F) {
 	for _, content := range contents() {

@@ -1,0 +1,430 @@
+package prefetch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"runtime"
+	"sync"
+	"syscall"
+	"time"
+
+	"accel"
+)
+
+const (
+	// batchBytes of members are read, compressed, for one goroutine to inflate.
+	batchBytes = 512 << 10
+	// pieceBytes are read at most before it is asked whether to hold back.
+	pieceBytes = 128 << 10
+	// pieceTime: what comes in this time, on a slow link, is a piece too; it is what a miss may have
+	// to wait for.
+	pieceTime       = 20 * time.Millisecond
+	leastPieceBytes = 8 << 10
+	// longestPause of a flight that holds back: registries end connections that are not read from.
+	longestPause = 500 * time.Millisecond
+)
+
+var (
+	errRemoved  = errors.New("the layer was removed")
+	errStalled  = errors.New("the registry sent nothing for too long")
+	errNoRoom   = errors.New("no room in the store")
+	errReplaced = errors.New("the layer is fetched as a whole now")
+)
+
+// localError is a failure of ours, not of the source.
+type localError struct{ error }
+
+func (e localError) Unwrap() error { return e.error }
+
+// flight is one goroutine that brings the members [first, end) of a layer, as far as they are missing.
+type flight struct {
+	l        *layer
+	kind     kind
+	must     int  // members before it are waited for by who began the flight; first: none is
+	whole    bool // it reads the blob from its beginning, and without a range
+	cancel   context.CancelCauseFunc
+	hurry    chan struct{}  // closed when somebody waits for what it brings: it does not hold back any more
+	inflight sync.WaitGroup // goroutines that inflate its batches
+
+	// Guarded by Filler.mu:
+	first, next, end int // members: begun with; to be read next; where it ends, which overtaking moves
+	until            int // where it was to end
+	needed           bool
+	requested        time.Time // the current request
+	begun            time.Time // its first byte; zero: not yet
+	position         int64     // of the blob, read
+	received         int64     // since begun
+	paced            bool      // it held back: its rate is none of the link's
+	batches          []*batch  // that are read or inflated
+	release          func()    // of what was reserved; nil: nothing
+}
+
+// owns reports whether fl will bring m.
+func (fl *flight) owns(m int) bool {
+	if fl.next <= m && m < fl.end {
+		return true
+	}
+	for _, b := range fl.batches {
+		if b.at <= m && m < b.end {
+			return true
+		}
+	}
+	return false
+}
+
+// start begins a flight over [first, end), of which first is free. Filler.mu is held.
+func (f *Filler) start(l *layer, k kind, first, must, end int) *flight {
+	if l.unranged {
+		first, end = 0, l.members
+	}
+	ctx, cancel := context.WithCancelCause(f.running)
+	fl := &flight{
+		l: l, kind: k, must: must, whole: l.unranged, cancel: cancel, hurry: make(chan struct{}),
+		first: first, next: first, end: end, until: end,
+	}
+	fl.position, _ = l.span(first)
+	if k == demand {
+		fl.hasten()
+	}
+	l.flights = append(l.flights, fl)
+	l.link.flying[k]++
+	f.flights.Add(1)
+	go func() {
+		defer f.flights.Done()
+		err := f.fly(ctx, fl)
+		fl.inflight.Wait()
+		if cause := context.Cause(ctx); err != nil && cause != nil {
+			err = cause
+		}
+		f.land(fl, err)
+		cancel(nil)
+	}()
+	return fl
+}
+
+// hasten says that somebody waits for what fl brings. Filler.mu is held.
+func (fl *flight) hasten() {
+	if !fl.needed {
+		fl.needed = true
+		close(fl.hurry)
+	}
+}
+
+// land ends a flight: who waits for what it did not bring looks again.
+func (f *Filler) land(fl *flight, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	l := fl.l
+	for i, other := range l.flights {
+		if other == fl {
+			l.flights = append(l.flights[:i], l.flights[i+1:]...)
+			break
+		}
+	}
+	l.link.flying[fl.kind]--
+	l.idle.Broadcast()
+	if fl.release != nil {
+		l.releases = append(l.releases, fl.release)
+	}
+	if len(l.flights) == 0 && l.Content.Left() == 0 {
+		kick(f.persisting)
+	}
+	kick(f.dispatching)
+	if errors.Is(err, errReplaced) {
+		err = nil
+	}
+	f.judge(l, fl, err)
+	if fl.kind == hot {
+		f.hot.want(l, fl.first, fl.until)
+	}
+	for w := range l.waiters {
+		if w.forgotten() {
+			w.lookAgain(err)
+		}
+	}
+}
+
+// judge draws the conclusions for what nobody waits for. Filler.mu is held.
+func (f *Filler) judge(l *layer, fl *flight, err error) {
+	if err == nil {
+		if fl.kind != demand {
+			l.failures = 0
+		}
+		return
+	}
+	if l.removed || f.running.Err() != nil {
+		return
+	}
+	if errors.Is(err, errStalled) {
+		l.stats.Stalls++
+		f.metrics.stalls.Inc()
+		l.link.stalls++
+	}
+	pause := max(backoff(l.failures, longestBackoff), accel.RetryAfter(err))
+	l.failures++
+	l.pausedUntil = time.Now().Add(pause)
+	if fl.kind == demand {
+		return // who waits says so
+	}
+	l.stats.Retries++
+	f.metrics.retries.Inc()
+	log := f.log.Debug
+	if l.failures == 4 {
+		log = f.log.Warn // once, when it does not mend itself
+	}
+	log("content could not be fetched and will be tried again", "layer", l.digest, "kind", fl.kind.String(), "after", pause, "err", err)
+}
+
+// fly brings what fl is for.
+func (f *Filler) fly(ctx context.Context, fl *flight) error {
+	to := fl.end
+	if fl.kind == demand {
+		to = fl.must // to look for all of the window would keep waiting who waits
+	}
+	f.copyTwins(ctx, fl, to)
+	f.mu.Lock()
+	satisfied := fl.must > fl.first && !fl.whole
+	for m := fl.first; satisfied && m < fl.must; m++ {
+		satisfied = fl.l.present(m)
+	}
+	if satisfied {
+		fl.end = fl.next // no window, for which nobody asked
+	}
+	f.mu.Unlock()
+	if satisfied {
+		return nil
+	}
+	if fl.kind == demand {
+		select {
+		case fl.l.link.slots <- struct{}{}:
+			defer func() { <-fl.l.link.slots }()
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	if err := f.makeRoom(fl); err != nil {
+		return err
+	}
+	for {
+		from, to, err := f.nextRequest(fl)
+		if err != nil || from == to {
+			return err
+		}
+		if err := f.request(ctx, fl, from, to); err != nil {
+			return err
+		}
+	}
+}
+
+// makeRoom reserves what fl will write. Where there is no room, what somebody waits for is tried nevertheless.
+func (f *Filler) makeRoom(fl *flight) error {
+	l := fl.l
+	if l.Reserve == nil {
+		return nil
+	}
+	f.mu.Lock()
+	bytes := l.missingBytes(fl.next, fl.end)
+	f.mu.Unlock()
+	if bytes == 0 {
+		return nil
+	}
+	release, err := l.Reserve(bytes)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err == nil {
+		fl.release = release
+		return nil
+	}
+	if !fl.needed || fl.kind == demand && fl.must == fl.first {
+		return fmt.Errorf("%w: %w", errNoRoom, err)
+	}
+	if fl.kind == demand && !fl.whole {
+		f.truncate(fl, fl.must)
+	}
+	return nil
+}
+
+// truncate has fl end before m; who waits for more looks again. Filler.mu is held.
+func (f *Filler) truncate(fl *flight, m int) {
+	if m >= fl.end {
+		return
+	}
+	fl.end = max(m, fl.next)
+	for w := range fl.l.waiters {
+		w.lookAgain(nil)
+	}
+	kick(f.dispatching)
+}
+
+// nextRequest is the next run of members that is worth a request; from equals to where there is none.
+func (f *Filler) nextRequest(fl *flight) (from, to int, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	l := fl.l
+	if l.unranged && !fl.whole {
+		return 0, 0, errReplaced
+	}
+	if fl.whole {
+		for m := fl.next; m < fl.end; m++ {
+			if !l.present(m) {
+				return fl.next, fl.end, nil
+			}
+		}
+		fl.next = fl.end
+		return 0, 0, nil
+	}
+	for fl.next < fl.end && l.present(fl.next) {
+		fl.next++
+	}
+	if fl.next == fl.end {
+		return 0, 0, nil
+	}
+	bridge := l.link.bridge()
+	_, reached := l.span(fl.next)
+	to = fl.next + 1
+	for m := to; m < fl.end; m++ {
+		offset, after := l.span(m)
+		if offset-reached > bridge {
+			break
+		}
+		if !l.present(m) {
+			reached, to = after, m+1
+		}
+	}
+	return fl.next, to, nil
+}
+
+// request brings [from, to) by one request.
+func (f *Filler) request(ctx context.Context, fl *flight, from, to int) error {
+	l := fl.l
+	offset, _ := l.span(from)
+	_, end := l.span(to - 1)
+	length := end - offset
+	if fl.whole {
+		offset, length = 0, -1
+	}
+	f.mu.Lock()
+	l.stats.Requests++
+	fl.requested, fl.begun, fl.position, fl.received, fl.paced = time.Now(), time.Time{}, offset, 0, false
+	patience := l.link.patience(f.o.StallPatience)
+	f.mu.Unlock()
+
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	s := newResponse(ctx, f, fl, patience, cancel)
+	defer s.end()
+	body, err := s.open(offset, length)
+	if err == nil {
+		defer body.Close()
+		err = f.drain(ctx, fl, s, to)
+	}
+	if cause := context.Cause(ctx); err != nil && cause != nil {
+		return cause
+	}
+	if errors.Is(err, ErrUnranged) && !fl.whole {
+		return f.loseRanges(fl)
+	}
+	if err != nil {
+		return fmt.Errorf("layer %s, bytes from %d: %w", l.digest, offset, err)
+	}
+	return nil
+}
+
+// loseRanges turns fl into the one flight that brings all of its layer, unless there is one.
+func (f *Filler) loseRanges(fl *flight) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	l := fl.l
+	l.unranged = true
+	for _, other := range l.flights {
+		if other.whole {
+			fl.end = fl.next
+			return errReplaced
+		}
+	}
+	f.log.Info("the registry knows no ranges, so the layer is fetched as a whole", "layer", l.digest)
+	fl.whole, fl.first, fl.next, fl.end, fl.until = true, 0, 0, l.members, l.members
+	return nil
+}
+
+// drain reads the members before to from the stream, batch by batch.
+func (f *Filler) drain(ctx context.Context, fl *flight, s *response, to int) error {
+	depth := make(chan struct{}, min(runtime.GOMAXPROCS(0), 8)+1)
+	for {
+		b, gap := f.nextBatch(fl, to)
+		if b == nil {
+			return nil
+		}
+		if err := s.skip(gap); err != nil {
+			f.finish(fl, b)
+			return err
+		}
+		if err := f.fill(ctx, fl, s, b, depth); err != nil {
+			return err
+		}
+	}
+}
+
+// fill reads one batch and has it inflated: as it comes where somebody waits for it, else when it
+// is there, so that goroutines that hold a core do not wait for the network.
+func (f *Filler) fill(ctx context.Context, fl *flight, s *response, b *batch, depth chan struct{}) error {
+	buffers := fl.l.link.buffers[fl.kind]
+	weight := min(b.memoryBytes(fl.l), backgroundBufferBytes)
+	select {
+	case depth <- struct{}{}:
+	case <-ctx.Done():
+		f.finish(fl, b)
+		return context.Cause(ctx)
+	}
+	if err := buffers.Acquire(ctx, weight); err != nil {
+		<-depth
+		f.finish(fl, b)
+		return err
+	}
+	b.buf = grab(int(b.bytes))
+	inflate := func(held bool) {
+		fl.inflight.Go(func() {
+			defer func() { <-depth }()
+			defer buffers.Release(weight)
+			if held {
+				defer f.cores.Release(1)
+			}
+			f.decode(fl, b)
+		})
+	}
+	f.mu.Lock()
+	urgent := fl.needed
+	f.mu.Unlock()
+	if urgent {
+		inflate(false)
+		err := s.readInto(b)
+		b.fail(err)
+		return err
+	}
+	err := s.readInto(b)
+	if err == nil {
+		err = f.cores.Acquire(ctx, 1)
+	}
+	if err != nil {
+		drop(b.buf)
+		buffers.Release(weight)
+		<-depth
+		f.finish(fl, b)
+		return err
+	}
+	inflate(true)
+	return nil
+}
+
+// noSpace reports whether err says that the disk is full.
+func noSpace(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
+
+// unexpected turns the end of a stream into an error.
+func unexpected(err error) error {
+	if errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}

@@ -1,0 +1,420 @@
+package prefetch
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"time"
+
+	"accel"
+
+	"github.com/opencontainers/go-digest"
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
+
+// fixture is a layer: its blob, its chunks and what they are.
+type fixture struct {
+	digest digest.Digest
+	blob   []byte
+	chunks []accel.Chunk
+	data   [][]byte
+}
+
+// shape says how a fixture is made.
+type shape struct {
+	members   int
+	most      int  // bytes of a chunk
+	together  int  // chunks in a member, at most
+	shuffled  bool // chunks are not numbered as they lie in the blob
+	repeating bool // some chunks are equal
+}
+
+func build(t testing.TB, r *rand.Rand, s shape) *fixture {
+	t.Helper()
+	f := &fixture{}
+	var blob bytes.Buffer
+	for range s.members {
+		offset := int64(blob.Len())
+		w, err := gzip.NewWriterLevel(&blob, gzip.BestSpeed)
+		if err != nil {
+			t.Fatal(err)
+		}
+		first, inner := len(f.chunks), int64(0)
+		for range 1 + r.IntN(max(s.together, 1)) {
+			between := make([]byte, r.IntN(600)) // a tar header, for one
+			w.Write(between)
+			inner += int64(len(between))
+			var data []byte
+			if s.repeating && len(f.data) > 0 && r.IntN(4) == 0 {
+				data = f.data[r.IntN(len(f.data))]
+			} else {
+				data = content(r, r.IntN(s.most+1))
+			}
+			w.Write(data)
+			f.data = append(f.data, data)
+			f.chunks = append(f.chunks, accel.Chunk{BlobOffset: offset, InnerOffset: inner, Bytes: int64(len(data)), Digest: sha256.Sum256(data)})
+			inner += int64(len(data))
+		}
+		w.Write(make([]byte, r.IntN(1000)))
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		for i := range f.chunks[first:] {
+			f.chunks[first+i].BlobBytes = int64(blob.Len()) - offset
+		}
+	}
+	if s.shuffled {
+		r.Shuffle(len(f.chunks), func(i, j int) {
+			f.chunks[i], f.chunks[j] = f.chunks[j], f.chunks[i]
+			f.data[i], f.data[j] = f.data[j], f.data[i]
+		})
+	}
+	at := int64(0)
+	for i := range f.chunks {
+		f.chunks[i].DataOffset = at
+		at += (f.chunks[i].Bytes + 4095) &^ 4095
+	}
+	f.blob = blob.Bytes()
+	f.digest = digest.FromBytes(f.blob)
+	return f
+}
+
+// content is compressible by about half.
+func content(r *rand.Rand, n int) []byte {
+	b := make([]byte, n)
+	for i := 0; i < n; i += 8 {
+		v := r.Uint64()
+		for k := i; k < min(i+4, n); k++ {
+			b[k] = byte(v)
+			v >>= 8
+		}
+	}
+	return b
+}
+
+// memory is a Content in memory that checks digests, as the real one does.
+type memory struct {
+	*fixture
+	mu       sync.Mutex
+	have     [][]byte
+	left     int
+	puts     int
+	unsynced map[int]bool
+	synced   map[int]bool
+	putErr   func(i int) error // nil: none
+	order    []int
+}
+
+func (f *fixture) memory() *memory {
+	return &memory{fixture: f, have: make([][]byte, len(f.chunks)), left: len(f.chunks), unsynced: map[int]bool{}, synced: map[int]bool{}}
+}
+
+func (m *memory) Digest() digest.Digest   { return m.digest }
+func (m *memory) Len() int                { return len(m.chunks) }
+func (m *memory) Chunk(i int) accel.Chunk { return m.chunks[i] }
+
+func (m *memory) Has(i int) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.have[i] != nil
+}
+
+var errWrongDigest = errors.New("wrong digest")
+
+func (m *memory) Put(i int, b []byte) error {
+	if sha256.Sum256(b) != m.chunks[i].Digest {
+		return errWrongDigest
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.putErr != nil {
+		if err := m.putErr(i); err != nil {
+			return err
+		}
+	}
+	m.puts++
+	if m.have[i] == nil {
+		m.have[i] = append(make([]byte, 0, len(b)+1), b...)
+		m.left--
+		m.unsynced[i] = true
+		m.order = append(m.order, i)
+	}
+	return nil
+}
+
+func (m *memory) Read(i int, p []byte) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.have[i] == nil || len(p) != len(m.have[i]) {
+		return fmt.Errorf("chunk %d is not there", i)
+	}
+	copy(p, m.have[i])
+	return nil
+}
+
+func (m *memory) Sync() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i := range m.unsynced {
+		m.synced[i] = true
+	}
+	clear(m.unsynced)
+	return nil
+}
+
+func (m *memory) Left() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.left
+}
+
+// check fails the test unless chunk i is there.
+func (m *memory) check(t testing.TB, i int) {
+	t.Helper()
+	got := make([]byte, m.chunks[i].Bytes)
+	if err := m.Read(i, got); err != nil || !bytes.Equal(got, m.data[i]) {
+		t.Errorf("chunk %d: wrong, or %v", i, err)
+	}
+}
+
+func (m *memory) forget(i int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.have[i] = nil
+	m.left++
+}
+
+// registry is a Source from memory, over a link that may be slow and with faults.
+type registry struct {
+	blob    []byte
+	latency time.Duration
+	link    *shaper       // nil: endless
+	single  time.Duration // that a connection takes for each 64 KiB, beside others
+	// fault may answer a request by itself (or change its bytes); ok is false where it does not.
+	fault func(request int, ctx context.Context, offset int64, b []byte) (body io.Reader, err error, ok bool)
+
+	mu       sync.Mutex
+	requests [][2]int64
+	open     int
+	mostOpen int
+}
+
+func (r *registry) Range(ctx context.Context, offset, length int64) (io.ReadCloser, error) {
+	r.mu.Lock()
+	k := len(r.requests)
+	r.requests = append(r.requests, [2]int64{offset, length})
+	r.open++
+	r.mostOpen = max(r.mostOpen, r.open)
+	r.mu.Unlock()
+	gone := func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.open--
+	}
+	if err := sleep(ctx, r.latency); err != nil {
+		gone()
+		return nil, err
+	}
+	if length < 0 {
+		length = int64(len(r.blob)) - offset
+	}
+	if offset < 0 || offset+length > int64(len(r.blob)) {
+		gone()
+		return nil, fmt.Errorf("%w: 416", accel.ErrInvalid)
+	}
+	b := r.blob[offset : offset+length]
+	if r.fault != nil {
+		if body, err, ok := r.fault(k, ctx, offset, b); ok {
+			if err != nil {
+				gone()
+				return nil, err
+			}
+			return &answer{r: r, ctx: ctx, body: body, gone: sync.OnceFunc(gone)}, nil
+		}
+	}
+	return &answer{r: r, ctx: ctx, body: bytes.NewReader(b), gone: sync.OnceFunc(gone)}, nil
+}
+
+func (r *registry) asked() [][2]int64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return append([][2]int64(nil), r.requests...)
+}
+
+type answer struct {
+	r    *registry
+	ctx  context.Context
+	body io.Reader
+	gone func()
+}
+
+func (a *answer) Read(p []byte) (int, error) {
+	if err := a.ctx.Err(); err != nil {
+		return 0, err
+	}
+	p = p[:min(len(p), 64<<10)]
+	if a.r.single > 0 {
+		if err := sleep(a.ctx, a.r.single); err != nil {
+			return 0, err
+		}
+	}
+	n, err := a.body.Read(p)
+	if a.r.link != nil {
+		if err := a.r.link.take(a.ctx, n); err != nil {
+			return 0, err
+		}
+	}
+	return n, err
+}
+
+func (a *answer) Close() error {
+	a.gone()
+	return nil
+}
+
+// hanging sends b and then nothing until the request ends.
+type hanging struct {
+	ctx context.Context
+	b   io.Reader
+}
+
+func (h *hanging) Read(p []byte) (int, error) {
+	if n, _ := h.b.Read(p); n > 0 {
+		return n, nil
+	}
+	<-h.ctx.Done()
+	return 0, h.ctx.Err()
+}
+
+// shaper is a link that its users share.
+type shaper struct {
+	bytesPerSecond float64
+	mu             sync.Mutex
+	free           time.Time
+}
+
+func (s *shaper) take(ctx context.Context, n int) error {
+	s.mu.Lock()
+	now := time.Now()
+	if s.free.Before(now) {
+		s.free = now
+	}
+	s.free = s.free.Add(time.Duration(float64(n) / s.bytesPerSecond * 1e9))
+	wait := s.free.Sub(now)
+	s.mu.Unlock()
+	if wait < time.Millisecond {
+		return nil
+	}
+	return sleep(ctx, wait)
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	if d <= 0 {
+		return ctx.Err()
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// bed is a Filler that runs until the end of the test.
+type bed struct {
+	*Filler
+	t    testing.TB
+	stop func()
+}
+
+func start(t testing.TB, o Options) *bed {
+	t.Helper()
+	if o.Log == nil {
+		o.Log = quiet()
+	}
+	f, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- f.Run(ctx) }()
+	b := &bed{Filler: f, t: t}
+	b.stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+	t.Cleanup(b.stop)
+	return b
+}
+
+// noBackground is for tests of what is fetched on demand.
+var noBackground = Options{BackgroundBytesPerSecond: -1}
+
+// add adds a fixture, and returns its parts and a channel that is closed when it is complete.
+func (b *bed) add(f *fixture, change func(*Layer)) (*memory, *registry, chan struct{}) {
+	b.t.Helper()
+	m, r, done := f.memory(), &registry{blob: f.blob}, make(chan struct{}, 10)
+	l := Layer{Content: m, Source: r, Host: "registry.example", Completed: func() { done <- struct{}{} }}
+	if change != nil {
+		change(&l)
+	}
+	if err := b.Add(l); err != nil {
+		b.t.Fatal(err)
+	}
+	return m, r, done
+}
+
+func (b *bed) fill(f *fixture, first, n int) {
+	b.t.Helper()
+	if err := b.Fill(b.t.Context(), f.digest, first, n); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+func random(seed uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, 7)) }
+
+// eventually waits for what another goroutine brings about.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for range 6000 {
+		if ok() {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	t.Fatalf("never: %s", what)
+}
+
+// sourceFunc and answerBody are for sources that are a few lines in a test.
+type sourceFunc func(ctx context.Context, offset, length int64) (answerBody, error)
+
+type answerBody struct{ io.Reader }
+
+func (answerBody) Close() error { return nil }
+
+func bodyOf(b []byte) answerBody { return answerBody{bytes.NewReader(b)} }
+
+func (f sourceFunc) Range(ctx context.Context, offset, length int64) (io.ReadCloser, error) {
+	body, err := f(ctx, offset, length)
+	if err != nil {
+		return nil, err
+	}
+	return body, nil
+}
