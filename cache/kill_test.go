@@ -19,18 +19,96 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-const killBlobs = 12
+const (
+	killBlobs  = 12
+	killLayers = 4
+)
 
 // killContent is one of the blobs of the kill loop; of different sizes, so that some end and some do not.
 func killContent(i int) []byte { return content(2000+i, (i%4)*3*mib+i*1000+1) }
 
-// beKilled pulls blobs, whole and in ranges, evicts, pins and checks without end.
+func killLayer(i int) testLayer { return layerOf(3000+i, 64+i) }
+
+// fillKilled fills layers as mounts do, and says which chunks it was told are marked.
+func fillKilled(s *Store, seed uint64) {
+	ctx := context.Background()
+	if err := s.Pin("mount", killLayer(0).digest); err != nil { // this one stays
+		panic(err)
+	}
+	for worker := range 3 {
+		go func() {
+			rng := rand.New(rand.NewPCG(seed, uint64(100+worker)))
+			for {
+				i := rng.IntN(killLayers)
+				l := killLayer(i)
+				kept, err := s.CreateLayer(ctx, l.digest, l.info(), l.write)
+				var some []int
+				for n := 0; err == nil && n < 5; n++ {
+					some = some[:0]
+					for range 1 + rng.IntN(8) {
+						some = append(some, rng.IntN(l.chunks()))
+					}
+					if err = l.put(kept, some...); err == nil {
+						kept.Use()
+						fmt.Println("marked", i, some)
+					}
+				}
+				if rng.IntN(3) == 0 {
+					_ = s.Remove(l.digest) // refused for the one that is pinned, or is being written
+				}
+				// What is not pinned may go under the hands of who fills it.
+				if err != nil && !errors.Is(err, ErrNoSpace) && !errors.Is(err, accel.ErrNotFound) && !errors.Is(err, os.ErrNotExist) {
+					panic(err)
+				}
+			}
+		}()
+	}
+}
+
+// checkLayers compares what is marked with what it has to be, and the pinned layer's marks with what was said.
+func checkLayers(t *testing.T, s *Store, said []string) (marked int) {
+	t.Helper()
+	for i := range killLayers {
+		l := killLayer(i)
+		kept, err := s.Layer(l.digest)
+		told := func(yield func(c string) bool) {
+			for _, line := range said {
+				if rest, ok := strings.CutPrefix(line, "marked 0 ["); ok && i == 0 {
+					for c := range strings.FieldsSeq(strings.TrimSuffix(rest, "]")) {
+						if !yield(c) {
+							return
+						}
+					}
+				}
+			}
+		}
+		if errors.Is(err, accel.ErrNotFound) {
+			for c := range told {
+				t.Fatalf("the pinned layer is gone, of which chunk %s was marked", c)
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		has := kept.Has()
+		for c := range told {
+			if n, err := strconv.Atoi(c); err != nil || !has(n) {
+				t.Fatalf("chunk %s of the pinned layer was marked and is not, %v", c, err)
+			}
+		}
+		marked += l.right(t, kept)
+	}
+	return marked
+}
+
+// beKilled pulls blobs, fills layers, whole and in ranges, evicts, pins and checks without end.
 func beKilled(dir, seed string) {
 	n, err := strconv.Atoi(seed)
 	if err != nil {
 		panic(err)
 	}
-	s, err := Open(Options{Dir: dir, BudgetBytes: 45 * mib, Log: quiet()})
+	s, err := Open(Options{Dir: dir, BudgetBytes: 55 * mib, VerifyLayer: verifyLayer, Log: quiet()})
 	if err != nil {
 		panic(err)
 	}
@@ -41,6 +119,7 @@ func beKilled(dir, seed string) {
 		blobs[i] = killContent(i)
 	}
 	fmt.Println("at work")
+	fillKilled(s, uint64(n))
 	for client := range 6 {
 		go func() {
 			rng := rand.New(rand.NewPCG(uint64(n), uint64(client)))
@@ -100,28 +179,34 @@ func killLoop(t *testing.T, kills int) {
 		data := killContent(i)
 		blobs[digest.FromBytes(data)] = data
 	}
-	whole, parts, evicted := 0, 0, 0
+	whole, parts, marked, evicted := 0, 0, 0, 0
 	for run := range kills {
 		cmd := role("killed", dir, fmt.Sprint(run))
 		// A commit comes each second.
 		said := killtest.Run(t, cmd, 1500*time.Millisecond)
-		last := said[len(said)-1]
-		w, p, e := checkKilled(t, dir, blobs, last)
-		whole, parts, evicted = whole+w, parts+p, evicted+e
+		w, p, m, e := checkKilled(t, dir, blobs, said)
+		whole, parts, marked, evicted = whole+w, parts+p, marked+m, evicted+e
 	}
-	t.Logf("%d kills; after them %d whole blobs and %d parts of others were there, every byte right; %d were evicted when the kill came", kills, whole, parts, evicted)
-	if whole == 0 || parts == 0 {
+	t.Logf("%d kills; after them %d whole blobs, %d parts of others and %d chunks of layers were there, every byte right; %d were evicted when the kill came", kills, whole, parts, marked, evicted)
+	if whole == 0 || parts == 0 || marked == 0 {
 		t.Error("the kills left nothing to look at")
 	}
 }
 
 // checkKilled compares everything that is marked with what it has to be.
-func checkKilled(t *testing.T, dir string, blobs map[digest.Digest][]byte, last string) (whole, parts, evicted int) {
+func checkKilled(t *testing.T, dir string, blobs map[digest.Digest][]byte, said []string) (whole, parts, marked, evicted int) {
 	t.Helper()
-	s, err := Open(Options{Dir: dir, Log: quiet()})
+	s, err := Open(Options{Dir: dir, VerifyLayer: verifyLayer, Log: quiet()})
 	if err != nil {
 		t.Fatal(err)
 	}
+	last := ""
+	for _, line := range said {
+		if !strings.HasPrefix(line, "marked ") {
+			last = line
+		}
+	}
+	marked = checkLayers(t, s, said)
 	if _, err := os.Stat(s.index.asidePath()); err == nil {
 		t.Fatal("the index was damaged by a kill")
 	}
@@ -146,6 +231,9 @@ func checkKilled(t *testing.T, dir string, blobs map[digest.Digest][]byte, last 
 		}
 	})
 	for _, e := range s.List() {
+		if e.Form == FormLayer {
+			continue
+		}
 		data := blobs[e.Digest]
 		if data == nil {
 			t.Fatalf("nobody pulled %s", e.Digest)
@@ -179,8 +267,15 @@ func checkKilled(t *testing.T, dir string, blobs map[digest.Digest][]byte, last 
 	for _, data := range blobs {
 		mustGet(t, s, data, 0, -1, from(data))
 	}
+	for i := range killLayers { // also one that nobody had written to the index
+		l := killLayer(i)
+		l.right(t, mustCreate(t, s, l))
+	}
 	cancel()
 	wg.Wait()
+	if rep, err := s.Check(t.Context(), nil); err != nil || rep.WrongChunks > 0 {
+		t.Fatalf("%+v, %v", rep, err)
+	}
 	// Half of it goes, so that the next run has something to fetch.
 	for i, e := range s.List() {
 		if i%2 == 0 {
@@ -192,5 +287,5 @@ func checkKilled(t *testing.T, dir string, blobs map[digest.Digest][]byte, last 
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	return whole, parts, evicted
+	return whole, parts, marked, evicted
 }
