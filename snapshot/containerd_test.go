@@ -76,7 +76,6 @@ var tool = sync.OnceValues(func() ([]byte, error) {
 // node is a containerd that asks a snapshotter, with a registry that counts what it delivers.
 type node struct {
 	*bed
-	version    string
 	containerd *testbed.Containerd
 	registry   *testbed.Registry
 	http       *http.Transport
@@ -113,10 +112,15 @@ func setup(version, socket, root string) string {
 `, socket, root)
 }
 
+// ownPull, behind setup, has CRI pull by itself and not through the transfer service.
+const ownPull = `  use_local_image_pull = true
+  disable_snapshot_annotations = false
+`
+
 // newNode starts all of it, and pushes the sandbox's image.
-func newNode(t *testing.T, version string, change ...func(*Options)) *node {
+func newNode(t *testing.T, version string, extra ...string) *node {
 	t.Helper()
-	n := &node{bed: newBed(t, change...), version: version, http: &http.Transport{}}
+	n := &node{bed: newBed(t), http: &http.Transport{}}
 	r, err := testbed.StartRegistry(testbed.RegistryOptions{Dir: t.TempDir()})
 	n.check(err)
 	n.registry = r
@@ -129,7 +133,7 @@ func newNode(t *testing.T, version string, change ...func(*Options)) *node {
 	program, err := tool()
 	n.check(err)
 	pause := n.push("pause:1", map[string]string{"pause": string(program)})
-	n.containerd, err = testbed.StartContainerd(n.ctx, testbed.ContainerdOptions{Version: version, SandboxImage: pause, Extra: setup(version, n.socket(), n.Snapshotter.o.Dir)})
+	n.containerd, err = testbed.StartContainerd(n.ctx, testbed.ContainerdOptions{Version: version, SandboxImage: pause, Extra: setup(version, n.socket(), n.Snapshotter.o.Dir) + strings.Join(extra, "")})
 	n.check(err)
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -236,7 +240,7 @@ func (n *node) runCtr(image, id string, command ...string) string {
 	return out
 }
 
-// requireBlobBytes requires that the registry delivered so many bytes of layers; zero: only configs.
+// requireLazy requires that the registry delivered no layer.
 func (n *node) requireLazy() {
 	n.Helper()
 	for blob := range n.registry.Delivered().Blobs {
@@ -269,9 +273,13 @@ func TestPullAndRun(t *testing.T) {
 }
 
 func TestRunByCRI(t *testing.T) {
-	for _, version := range []string{testbed.Containerd2, testbed.Containerd16} {
-		t.Run(version, func(t *testing.T) {
-			n := newNode(t, version)
+	for _, c := range []struct{ name, version, extra string }{
+		{testbed.Containerd2, testbed.Containerd2, ""},
+		{testbed.Containerd2 + " by its own pull", testbed.Containerd2, ownPull},
+		{testbed.Containerd16, testbed.Containerd16, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n := newNode(t, c.version, c.extra)
 			image := n.app("team/app:v1", 2)
 			_, err := n.containerd.PullCRI(n.ctx, image, "", "")
 			n.check(err)

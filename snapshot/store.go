@@ -37,7 +37,7 @@ func openStore(ctx context.Context, dir string, load func(id string, info snapsh
 	}
 	attempts := path + ".opening"
 	if n := count(attempts); n > openAttempts {
-		return nil, damaged(dir, attempts, fmt.Errorf("the process died %d times while reading it", n-1))
+		return nil, damaged(dir, attempts, fmt.Errorf("the process died %d times while reading %s; once more it is read when this file is removed", n-1, storeName))
 	}
 	store, err := readStore(ctx, path, load)
 	switch {
