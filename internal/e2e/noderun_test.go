@@ -22,9 +22,11 @@ type nodeRun struct {
 	config string // the file
 	dir    string
 	mirror string // "host:port"
-	cmd    *exec.Cmd
-	log    *lockedBuffer
-	ended  chan error
+	// snapshotter is the socket for containerd; empty: there is none.
+	snapshotter string
+	cmd         *exec.Cmd
+	log         *lockedBuffer
+	ended       chan error
 }
 
 // quiet is when the nodes here take a pull for ended.
@@ -33,6 +35,13 @@ const quiet = 400 * time.Millisecond
 // newNode configures a node for one registry. With a user, that is the node's
 // own credential. More are further lines of the configuration.
 func newNode(t *testing.T, reg *testbed.Registry, server, user, password string, more ...string) *nodeRun {
+	t.Helper()
+	return newNodeAt(t, reg, server, user, password, "", more...)
+}
+
+// newNodeAt is newNode that has containerd's snapshots on a socket of that name in its directory; empty: it has
+// none.
+func newNodeAt(t *testing.T, reg *testbed.Registry, server, user, password, snapshotter string, more ...string) *nodeRun {
 	t.Helper()
 	// Not the test's own directory: the path of a socket has at most 107 bytes.
 	dir, err := os.MkdirTemp("", "accel-node-")
@@ -45,6 +54,9 @@ func newNode(t *testing.T, reg *testbed.Registry, server, user, password string,
 		}
 		os.RemoveAll(dir)
 	})
+	if snapshotter != "" {
+		n.snapshotter = filepath.Join(dir, snapshotter)
+	}
 	own := ""
 	if user != "" {
 		file := filepath.Join(dir, "password")
@@ -63,8 +75,9 @@ heartbeat: 1s
 cache: {budget: 2GB, free_floor: 1MB}
 mirror: {tag_ttl: 0s}
 pulls: {quiet: %s}
+snapshotter: {socket: %q, runtime: %s}
 %s
-`, n.mirror, filepath.Join(dir, "data"), n.socket(), reg.Host(), own, reg.Host(), server, quiet, strings.Join(more, "\n")), 0o600))
+`, n.mirror, filepath.Join(dir, "data"), n.socket(), reg.Host(), own, reg.Host(), server, quiet, n.snapshotter, filepath.Join(dir, "run"), strings.Join(more, "\n")), 0o600))
 	return n
 }
 
