@@ -195,7 +195,12 @@ func (l *Lazy) Run(ctx context.Context) error {
 	l.running = ctx
 	l.mu.Unlock()
 	g.Go(func() error { return l.filler.Run(ctx) })
-	g.Go(func() error { return l.host.Run(ctx) })
+	g.Go(func() error {
+		if err := l.host.Run(ctx); ctx.Err() == nil {
+			return err
+		}
+		return nil
+	})
 	g.Go(func() error { return l.sweep(ctx) })
 	g.Go(func() error { return l.check(ctx) })
 	g.Go(func() error { return l.measure(ctx) })

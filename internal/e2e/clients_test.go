@@ -38,7 +38,12 @@ func accounts() []testbed.Account {
 
 func startRegistry(t *testing.T) *testbed.Registry {
 	t.Helper()
-	r, err := testbed.StartRegistry(testbed.RegistryOptions{Dir: t.TempDir(), Accounts: accounts()})
+	return startRegistryIn(t, t.TempDir())
+}
+
+func startRegistryIn(t *testing.T, dir string) *testbed.Registry {
+	t.Helper()
+	r, err := testbed.StartRegistry(testbed.RegistryOptions{Dir: dir, Accounts: accounts()})
 	must(t, err)
 	t.Cleanup(func() {
 		if err := r.Close(); err != nil {

@@ -25,6 +25,7 @@ import (
 // lazily, and a containerd that asks the node for snapshots.
 type lazyBed struct {
 	t      *testing.T
+	regDir string
 	reg    *testbed.Registry
 	server *up
 	node   *nodeRun
@@ -35,7 +36,8 @@ type lazyBed struct {
 func newLazyBed(t *testing.T, version string, more ...string) *lazyBed {
 	t.Helper()
 	needsClients(t)
-	b := &lazyBed{t: t, reg: startRegistry(t)}
+	b := &lazyBed{t: t, regDir: t.TempDir()}
+	b.reg = startRegistryIn(t, b.regDir)
 	file := filepath.Join(t.TempDir(), "password")
 	must(t, os.WriteFile(file, []byte(writerPassword), 0o600))
 	b.server = start(t, t.TempDir(), "127.0.0.1:0", "--registries",

@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -33,7 +34,7 @@ type nodeRun struct {
 const quiet = 400 * time.Millisecond
 
 // newNode configures a node for one registry. With a user, that is the node's
-// own credential. More are further lines of the configuration.
+// own credential. More are further lines of the configuration, of its snapshotter where they are indented.
 func newNode(t *testing.T, reg *testbed.Registry, server, user, password string, more ...string) *nodeRun {
 	t.Helper()
 	return newNodeAt(t, reg, server, user, password, "", more...)
@@ -75,7 +76,9 @@ heartbeat: 1s
 cache: {budget: 2GB, free_floor: 1MB}
 mirror: {tag_ttl: 0s}
 pulls: {quiet: %s}
-snapshotter: {socket: %q, runtime: %s}
+snapshotter:
+  socket: %q
+  runtime: %s
 %s
 `, n.mirror, filepath.Join(dir, "data"), n.socket(), reg.Host(), own, reg.Host(), server, quiet, n.snapshotter, filepath.Join(dir, "run"), strings.Join(more, "\n")), 0o600))
 	return n
@@ -143,6 +146,20 @@ func (n *nodeRun) stop() {
 	if err := <-n.ended; err != nil {
 		n.t.Errorf("accel node ended with %v after SIGTERM\n%s", err, n.log)
 	}
+}
+
+// metrics are the node's, as Prometheus reads them.
+func (n *nodeRun) metrics() string {
+	n.t.Helper()
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", n.socket())
+	}}}
+	res, err := client.Get("http://node/metrics")
+	must(n.t, err)
+	defer res.Body.Close()
+	text, err := io.ReadAll(res.Body)
+	must(n.t, err)
+	return string(text)
 }
 
 // accel runs the program with a node's configuration and gives what it said on

@@ -43,13 +43,14 @@ type Containerd struct {
 	// Dir has everything that is this one's: root, state, config.toml and sockets.
 	Dir string
 
-	ctr    string
-	cmd    *exec.Cmd
-	log    lockedBuffer
-	ended  chan struct{} // closed when the process has ended
-	conn   *grpc.ClientConn
-	images runtime.ImageServiceClient
-	failed error // of the process, after ended
+	ctr           string
+	program, file string // what Start runs, with which configuration
+	cmd           *exec.Cmd
+	log           lockedBuffer
+	ended         chan struct{} // closed when the process has ended
+	conn          *grpc.ClientConn
+	images        runtime.ImageServiceClient
+	failed        error // of the process, after ended
 }
 
 // lockedBuffer takes a process's output while others read it.
@@ -139,7 +140,7 @@ func StartContainerd(ctx context.Context, o ContainerdOptions) (_ *Containerd, e
 	if err != nil {
 		return nil, err
 	}
-	c := &Containerd{Dir: dir, ctr: filepath.Join(filepath.Dir(program), "ctr"), ended: make(chan struct{})}
+	c := &Containerd{Dir: dir, ctr: filepath.Join(filepath.Dir(program), "ctr")}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("containerd %s: %w; its log:\n%s", o.Version, err, c.log.String()), c.Close())
@@ -159,19 +160,38 @@ func StartContainerd(ctx context.Context, o ContainerdOptions) (_ *Containerd, e
 		return nil, err
 	}
 	c.images = runtime.NewImageServiceClient(c.conn)
+	c.program, c.file = program, file
+	return c, c.Start(ctx)
+}
+
+// Start starts it again after Crash.
+func (c *Containerd) Start(ctx context.Context) error {
+	c.ended = make(chan struct{})
 	// Its life is Close's matter, not the context's.
-	c.cmd = exec.Command(program, "--config", file) //nolint:noctx // see above
-	c.cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH")+":/usr/sbin:/sbin")
+	c.cmd = exec.Command(c.program, "--config", c.file) //nolint:noctx // see above
+	c.cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(c.program)+":"+os.Getenv("PATH")+":/usr/sbin:/sbin")
 	c.cmd.Stdout, c.cmd.Stderr = &c.log, &c.log
 	if err := c.cmd.Start(); err != nil {
 		c.cmd = nil
-		return nil, err
+		return err
 	}
-	go func() {
-		defer close(c.ended)
-		c.failed = c.cmd.Wait()
-	}()
-	return c, c.answers(ctx)
+	go func(cmd *exec.Cmd, ended chan struct{}) {
+		defer close(ended)
+		c.failed = cmd.Wait()
+	}(c.cmd, c.ended)
+	return c.answers(ctx)
+}
+
+// Crash ends it and its containers as a machine's end does, without asking, and unmounts what was mounted
+// below Dir. What is on disk stays, for Start.
+func (c *Containerd) Crash() error {
+	if c.cmd == nil {
+		return nil
+	}
+	err := c.cmd.Process.Kill()
+	<-c.ended
+	c.cmd = nil
+	return errors.Join(err, endShims(c.Socket()), unmountBelow(c.Dir), os.RemoveAll(filepath.Join(c.Dir, "state")))
 }
 
 // answers waits for the CRI plugin, which is the last to get ready.
@@ -202,12 +222,16 @@ func (c *Containerd) Log() string { return c.log.String() }
 // Ctr runs the ctr of the same version, in the default namespace, and gives what
 // it said.
 func (c *Containerd) Ctr(ctx context.Context, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, c.ctr, append([]string{"--address", c.Socket()}, args...)...)
-	out, err := cmd.CombinedOutput()
+	out, err := c.CtrCommand(ctx, args...).CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("ctr %s: %w: %s", strings.Join(args, " "), err, out)
 	}
 	return string(out), nil
+}
+
+// CtrCommand is what Ctr runs.
+func (c *Containerd) CtrCommand(ctx context.Context, args ...string) *exec.Cmd {
+	return exec.CommandContext(ctx, c.ctr, append([]string{"--address", c.Socket()}, args...)...)
 }
 
 // Close ends the daemon and the containers that it started, unmounts what is

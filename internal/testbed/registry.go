@@ -25,6 +25,7 @@ type RegistryOptions struct {
 type Registry struct {
 	app     *handlers.App
 	counter counter
+	expirer expirer
 	server  *server
 	cancel  context.CancelFunc
 
@@ -64,7 +65,7 @@ func StartRegistry(o RegistryOptions) (_ *Registry, err error) {
 		return nil, err
 	}
 	r.server = s
-	s.handler = r.counter.count(r.app)
+	s.handler = r.counter.count(r.expirer.expire(r.app))
 	return r, s.start(l)
 }
 
