@@ -102,6 +102,7 @@ func newTree(expect int) *tree {
 	t.inodes[rootInode] = inode{kind: unix.S_IFDIR, mode: 0o755}
 	t.inodes[whiteoutInode] = inode{kind: unix.S_IFCHR}
 	t.content.file = noFile
+	t.content.chunks = make([]accel.Chunk, 0, expect)
 	return t
 }
 
