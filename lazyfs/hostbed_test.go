@@ -320,15 +320,20 @@ func (b *bed) mountsNow() []MountInfo {
 	return m
 }
 
-// holderPIDs are the living holders of this bed.
+// holderPIDs are the living holders of this bed, those that are just starting too.
 func (b *bed) holderPIDs() []int {
-	names, err := readNames(b.dir)
+	commands, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {
-		b.t.Error(err)
+		b.t.Fatal(err)
 	}
 	var pids []int
-	for _, name := range names {
-		if pid := holderPID(name); pid != 0 && alivePID(pid) {
+	for _, path := range commands {
+		line, err := os.ReadFile(path) // gone: it has ended
+		if err != nil || !bytes.Contains(line, []byte("\x00be-holder\x00"+b.dir+"\x00")) {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path)))
+		if err == nil && alivePID(pid) {
 			pids = append(pids, pid)
 		}
 	}
@@ -349,19 +354,19 @@ func (b *bed) clear() {
 	if b.stop != nil {
 		b.stop()
 	}
-	mounts, _, err := mountsOf(context.Background(), b.dir)
-	if err != nil {
-		b.t.Error(err)
-	}
-	for _, m := range mounts {
-		_ = unix.Unmount(m.Target, unix.MNT_DETACH)
-	}
 	for _, pid := range b.holderPIDs() {
 		_ = unix.Kill(pid, unix.SIGKILL)
 		for alivePID(pid) {
 			time.Sleep(time.Millisecond)
 		}
 		reap(pid)
+	}
+	mounts, _, err := mountsOf(context.Background(), b.dir)
+	if err != nil {
+		b.t.Error(err)
+	}
+	for _, m := range mounts {
+		_ = unix.Unmount(m.Target, unix.MNT_DETACH)
 	}
 	names, _ := readNames(b.dir)
 	for _, name := range names {

@@ -41,9 +41,10 @@ type Layer struct {
 // openLayer joins what the bitmap at bits says with has.
 func openLayer(d digest.Digest, f Files, bits string, has func(chunk int) bool) (l *Layer, err error) {
 	l = &Layer{digest: d, files: f, bits: bits}
+	opened := l
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, l.close())
+			err = errors.Join(err, opened.close())
 		}
 	}()
 	if l.table, err = OpenTable(f.Table); err != nil {
