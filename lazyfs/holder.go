@@ -258,11 +258,17 @@ func (h *holder) answer(p *peer, m message) message {
 		if len(m.Layers) != 1 {
 			return refuse(errors.New("one layer at a time"))
 		}
+		if err := m.Layers[0].Digest.Validate(); err != nil {
+			return refuse(err)
+		}
 		if err := h.shelf.add(m.Layers[0]); err != nil {
 			return refuse(err)
 		}
 		return message{}
 	case askRemove:
+		if err := m.Digest.Validate(); err != nil {
+			return refuse(err)
+		}
 		if err := h.shelf.remove(m.Digest); err != nil {
 			return refuse(err)
 		}
