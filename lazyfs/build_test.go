@@ -145,7 +145,8 @@ func walked(t testing.TB, root string) map[string]seen {
 		rel, err := filepath.Rel(root, path)
 		must(err)
 		s := seen{
-			mode: st.Mode, uid: st.Uid, gid: st.Gid, links: uint64(st.Nlink), rdev: uint64(st.Rdev),
+			mode: st.Mode, uid: st.Uid, gid: st.Gid, rdev: st.Rdev,
+			links: uint64(st.Nlink), //nolint:unconvert // 32 bits on arm64
 			mtime: st.Mtim.Sec, xattrs: xattrsOf(path), group: rel,
 		}
 		if st.Mtim.Nsec != 0 {

@@ -28,11 +28,11 @@ type HolderOptions struct {
 	Patience time.Duration
 	// FillLimit is how long one fill may take; 5 min where zero.
 	FillLimit time.Duration
+	// IdleLimit is how long a holder stays that has neither a mount nor a daemon; 1 min
+	// where zero.
+	IdleLimit time.Duration
 	Log       *slog.Logger // the standard error is Dir/<version>.log
 }
-
-// idleLimit is how long a holder stays with nothing to do: no daemon, no mount.
-const idleLimit = time.Minute
 
 // A holder's directory is Dir/<version>@<pid>-<time>. In it are:
 const (
@@ -63,7 +63,7 @@ type holder struct {
 
 // RunHolder is a holder's life. It outlives the daemon that started it, ignores what
 // service managers send, and returns nil when it was retired and its last mount is gone, or when it had
-// neither a mount nor a daemon for a minute. When ctx ends it leaves the mounts dead.
+// neither a mount nor a daemon for IdleLimit. When ctx ends it leaves the mounts dead.
 func RunHolder(ctx context.Context, o HolderOptions) (err error) {
 	if err = checkVersion(o.Version); err != nil {
 		return err
@@ -73,6 +73,9 @@ func RunHolder(ctx context.Context, o HolderOptions) (err error) {
 	}
 	if o.FillLimit == 0 {
 		o.FillLimit = 5 * time.Minute
+	}
+	if o.IdleLimit == 0 {
+		o.IdleLimit = time.Minute
 	}
 	// A broken standard error must not end us either.
 	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGPIPE)
@@ -162,7 +165,7 @@ func listenAt(path string) (*net.UnixListener, error) {
 // mayEnd waits until there may be a reason to end, and tells the daemon of layers
 // that were opened or released meanwhile.
 func (h *holder) mayEnd(ctx context.Context) bool {
-	idle := time.NewTimer(idleLimit)
+	idle := time.NewTimer(h.o.IdleLimit)
 	defer idle.Stop()
 	select {
 	case <-ctx.Done():
@@ -184,7 +187,7 @@ func (h *holder) mayEnd(ctx context.Context) bool {
 	if _, opens := h.shelf.list(); opens > 0 {
 		return false
 	}
-	return retired || daemon == nil && time.Since(away) >= idleLimit
+	return retired || daemon == nil && time.Since(away) >= h.o.IdleLimit
 }
 
 // ended unmounts, which fails while something is open: the kernel knows better than
@@ -255,11 +258,17 @@ func (h *holder) answer(p *peer, m message) message {
 		if len(m.Layers) != 1 {
 			return refuse(errors.New("one layer at a time"))
 		}
+		if err := m.Layers[0].Digest.Validate(); err != nil {
+			return refuse(err)
+		}
 		if err := h.shelf.add(m.Layers[0]); err != nil {
 			return refuse(err)
 		}
 		return message{}
 	case askRemove:
+		if err := m.Digest.Validate(); err != nil {
+			return refuse(err)
+		}
 		if err := h.shelf.remove(m.Digest); err != nil {
 			return refuse(err)
 		}

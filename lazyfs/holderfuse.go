@@ -45,8 +45,9 @@ const (
 )
 
 const (
-	// maxReadBytes bounds one read: what kernels allow without tuning.
-	maxReadBytes = 1 << 20
+	// maxReadBytes bounds one read: half of what a pipe may hold without privileges
+	// (/proc/sys/fs/pipe-max-size), as a pipe holds pages, and the header takes one.
+	maxReadBytes = 512 << 10
 	// fuseWriteBytes is the least that kernels take. Nobody writes.
 	fuseWriteBytes = 4096
 	// requestBytes: kernels want at least 8 KiB to put a request into.

@@ -46,9 +46,10 @@ func fileName(d digest.Digest) string { return d.Encoded() }
 
 func hold(l heldLayer) (f *held, err error) {
 	f = &held{layer: l}
+	opened := f
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, f.close())
+			err = errors.Join(err, opened.close())
 		}
 	}()
 	if f.table, err = OpenTable(l.Table); err != nil {

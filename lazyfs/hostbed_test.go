@@ -39,11 +39,15 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
+// holderTimes are what tests set of HolderOptions.
+type holderTimes struct{ Patience, FillLimit, IdleLimit time.Duration }
+
 func beHolder(args []string) {
-	patience, err := time.ParseDuration(args[2])
+	var times holderTimes
+	err := json.Unmarshal([]byte(args[2]), &times)
 	if err == nil {
 		err = RunHolder(context.Background(), HolderOptions{
-			Dir: args[0], Version: args[1], Patience: patience, FillLimit: time.Minute,
+			Dir: args[0], Version: args[1], Patience: times.Patience, FillLimit: times.FillLimit, IdleLimit: times.IdleLimit,
 			Log: slog.New(slog.NewTextHandler(os.Stderr, nil)),
 		})
 	}
@@ -54,8 +58,12 @@ func beHolder(args []string) {
 	os.Exit(0)
 }
 
-func holderCommand(dir, version string, patience time.Duration) []string {
-	return []string{os.Args[0], "be-holder", dir, version, patience.String()}
+func holderCommand(dir, version string, times holderTimes) []string {
+	b, err := json.Marshal(times)
+	if err != nil {
+		panic(err)
+	}
+	return []string{os.Args[0], "be-holder", dir, version, string(b)}
 }
 
 func mustBeRoot(t testing.TB) {
@@ -227,7 +235,7 @@ func newBed(t testing.TB, change func(*Options)) *bed {
 	}
 	b := &bed{t: t, dir: dir, store: t.TempDir(), mounts: filepath.Join(dir, "mnt"), memory: &memory{images: map[digest.Digest]*sample{}}, died: make(chan []digest.Digest, 16)}
 	b.options = Options{
-		Dir: dir, Version: "v1", Holder: holderCommand(dir, "v1", time.Minute), Filler: b.memory,
+		Dir: dir, Version: "v1", Holder: holderCommand(dir, "v1", holderTimes{}), Filler: b.memory,
 		HolderDied: func(d []digest.Digest) { b.died <- d },
 		Log:        slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
@@ -312,15 +320,20 @@ func (b *bed) mountsNow() []MountInfo {
 	return m
 }
 
-// holderPIDs are the living holders of this bed.
+// holderPIDs are the living holders of this bed, those that are just starting too.
 func (b *bed) holderPIDs() []int {
-	names, err := readNames(b.dir)
+	commands, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {
-		b.t.Error(err)
+		b.t.Fatal(err)
 	}
 	var pids []int
-	for _, name := range names {
-		if pid := holderPID(name); pid != 0 && alivePID(pid) {
+	for _, path := range commands {
+		line, err := os.ReadFile(path) // gone: it has ended
+		if err != nil || !bytes.Contains(line, []byte("\x00be-holder\x00"+b.dir+"\x00")) {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path)))
+		if err == nil && alivePID(pid) {
 			pids = append(pids, pid)
 		}
 	}
@@ -341,19 +354,19 @@ func (b *bed) clear() {
 	if b.stop != nil {
 		b.stop()
 	}
-	mounts, _, err := mountsOf(context.Background(), b.dir)
-	if err != nil {
-		b.t.Error(err)
-	}
-	for _, m := range mounts {
-		_ = unix.Unmount(m.Target, unix.MNT_DETACH)
-	}
 	for _, pid := range b.holderPIDs() {
 		_ = unix.Kill(pid, unix.SIGKILL)
 		for alivePID(pid) {
 			time.Sleep(time.Millisecond)
 		}
 		reap(pid)
+	}
+	mounts, _, err := mountsOf(context.Background(), b.dir)
+	if err != nil {
+		b.t.Error(err)
+	}
+	for _, m := range mounts {
+		_ = unix.Unmount(m.Target, unix.MNT_DETACH)
 	}
 	names, _ := readNames(b.dir)
 	for _, name := range names {
@@ -407,4 +420,11 @@ func (im *sample) sameFile(target, name string) error {
 		return fmt.Errorf("WRONG BYTES in %s", name)
 	}
 	return nil
+}
+
+func (b *bed) unmount(target string) {
+	b.t.Helper()
+	if err := b.Unmount(b.t.Context(), target); err != nil {
+		b.t.Fatal(err)
+	}
 }

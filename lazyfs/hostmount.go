@@ -135,8 +135,9 @@ func sysfsName(path string) (string, error) {
 	return string(name.bytes[:min(int(name.length), len(name.bytes))]), nil
 }
 
-// Unmount takes away all that Mount and Complete put at target. Who has it open keeps it. Nothing mounted there
-// is no error; ErrInUse where something else lies on it.
+// Unmount takes away all that Mount and Complete put at target. Who has it open keeps it. Nothing
+// mounted there is no error; ErrInUse where something else lies on it. The kernel waits for
+// reads that are under way, fills too; when ctx ends before that, target is free already.
 func (h *Host) Unmount(ctx context.Context, target string) error {
 	target, err := canonical(target)
 	if err != nil {
@@ -162,12 +163,20 @@ func (h *Host) Unmount(ctx context.Context, target string) error {
 	if foreign[target] {
 		return fmt.Errorf("%w: %s has a mount of something else", ErrInUse, target)
 	}
-	for range stackAt(mounts, target) {
-		if err = detach(target); err != nil {
-			return err
+	done := make(chan error, 1)
+	go func() { // ends with the last read
+		var errs []error
+		for range stackAt(mounts, target) {
+			errs = append(errs, detach(target))
 		}
+		done <- errors.Join(errs...)
+	}()
+	select {
+	case err = <-done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
-	return nil
 }
 
 // Complete puts plain mounts in the places of the lazy mounts of a layer of which all is

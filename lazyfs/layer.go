@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"os"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 
@@ -40,9 +41,10 @@ type Layer struct {
 // openLayer joins what the bitmap at bits says with has.
 func openLayer(d digest.Digest, f Files, bits string, has func(chunk int) bool) (l *Layer, err error) {
 	l = &Layer{digest: d, files: f, bits: bits}
+	opened := l
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, l.close())
+			err = errors.Join(err, opened.close())
 		}
 	}()
 	if l.table, err = OpenTable(f.Table); err != nil {
@@ -110,10 +112,25 @@ func (l *Layer) Len() int {
 func (l *Layer) Chunk(i int) accel.Chunk {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
-	if l.check(i) != nil {
+	c, err := l.at(i)
+	if err != nil {
 		return accel.Chunk{}
 	}
-	return l.table.At(i)
+	return c
+}
+
+// at has l.mu held. A fault under the mapped table (a disk error, a file cut short) is an error.
+func (l *Layer) at(i int) (c accel.Chunk, err error) {
+	if err = l.check(i); err != nil {
+		return c, err
+	}
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if fault := recover(); fault != nil {
+			err = fmt.Errorf("%w: table of %s: %v", ErrDamaged, l.digest, fault)
+		}
+	}()
+	return l.table.At(i), nil
 }
 
 // Has reports whether chunk i is there.
@@ -162,15 +179,15 @@ func (l *Layer) check(i int) error {
 }
 
 // Put writes chunk i and then lets readers have it. Errors: ErrDigest where b is not
-// its bytes, ErrClosed, what writing the file gave (such as ENOSPC). A chunk that is
+// its bytes, ErrClosed, ErrDamaged, what writing the file gave (such as ENOSPC). A chunk that is
 // there stays as it is.
 func (l *Layer) Put(i int, b []byte) error {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
-	if err := l.check(i); err != nil {
+	c, err := l.at(i)
+	if err != nil {
 		return err
 	}
-	c := l.table.At(i)
 	if int64(len(b)) != c.Bytes || sha256.Sum256(b) != c.Digest {
 		return fmt.Errorf("%w: chunk %d of layer %s", ErrDigest, i, l.digest)
 	}
@@ -194,17 +211,17 @@ func (l *Layer) Put(i int, b []byte) error {
 func (l *Layer) Read(i int, p []byte) error {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
-	if err := l.check(i); err != nil {
+	c, err := l.at(i)
+	if err != nil {
 		return err
 	}
-	c := l.table.At(i)
 	if int64(len(p)) != c.Bytes {
 		return fmt.Errorf("chunk %d of layer %s has %d bytes, asked for %d", i, l.digest, c.Bytes, len(p))
 	}
 	if !l.bitmap.has(i) {
 		return fmt.Errorf("%w: chunk %d of layer %s", ErrIncomplete, i, l.digest)
 	}
-	_, err := l.data.ReadAt(p, c.DataOffset)
+	_, err = l.data.ReadAt(p, c.DataOffset)
 	return err
 }
 

@@ -45,9 +45,7 @@ func Build(toc []byte, tocOffset int64) (*Layout, error) {
 	if tocOffset < 0 || tocOffset > maxBlobBytes {
 		return nil, fmt.Errorf("%w: a TOC at %d", accel.ErrInvalid, tocOffset)
 	}
-	// An entry with its digests takes some 350 bytes, and what it becomes about as many.
-	const entryBytes = 350
-	t := newTree(len(toc)/entryBytes + 16)
+	t := newTree(len(toc))
 	t.content.tocOffset = tocOffset
 	if err := decodeTOC(toc, t.add); err != nil {
 		return nil, err

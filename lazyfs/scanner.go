@@ -3,6 +3,7 @@ package lazyfs
 import (
 	"bytes"
 	"fmt"
+	"strings"
 	"unicode/utf16"
 	"unicode/utf8"
 
@@ -243,13 +244,13 @@ func (s *scanner) integer() (int64, error) {
 	}
 	negative := s.accept('-')
 	from, n := s.at, int64(0)
-	for ; s.at < len(s.b) && '0' <= s.b[s.at] && s.b[s.at] <= '9'; s.at++ {
-		if s.at-from == 18 {
-			return 0, s.invalid("a number that is too large")
-		}
-		n = n*10 + int64(s.b[s.at]-'0')
+	digits := s.digits()
+	if digits > 18 {
+		return 0, s.invalid("a number that is too large")
 	}
-	digits := s.at - from
+	for _, c := range s.b[from:s.at] {
+		n = n*10 + int64(c-'0')
+	}
 	if digits == 0 || (digits > 1 && s.b[from] == '0') {
 		return 0, s.invalid("want a whole number")
 	}
@@ -278,10 +279,41 @@ func (s *scanner) skip(depth int) error {
 	case c == 't' && s.literal("true"), c == 'f' && s.literal("false"), c == 'n' && s.literal("null"):
 		return nil
 	case c == '-' || ('0' <= c && c <= '9'):
-		for s.at < len(s.b) && bytes.IndexByte([]byte("+-.eE0123456789"), s.b[s.at]) >= 0 {
-			s.at++
-		}
-		return nil
+		return s.number()
 	}
 	return s.invalid("want a value")
+}
+
+// number reads one of any form.
+func (s *scanner) number() error {
+	s.one("-")
+	if !s.one("0") && s.digits() == 0 {
+		return s.invalid("want a number")
+	}
+	if s.one(".") && s.digits() == 0 {
+		return s.invalid("want a fraction")
+	}
+	if s.one("eE") {
+		s.one("+-")
+		if s.digits() == 0 {
+			return s.invalid("want an exponent")
+		}
+	}
+	return nil
+}
+
+// one takes the next byte if it is one of these.
+func (s *scanner) one(of string) bool {
+	if s.at == len(s.b) || strings.IndexByte(of, s.b[s.at]) < 0 {
+		return false
+	}
+	s.at++
+	return true
+}
+
+func (s *scanner) digits() (n int) {
+	for ; s.at < len(s.b) && '0' <= s.b[s.at] && s.b[s.at] <= '9'; s.at++ {
+		n++
+	}
+	return n
 }

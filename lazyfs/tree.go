@@ -16,7 +16,11 @@ import (
 // Bounds of a layer. The larger ones are bounds of memory, far above what real
 // images have; those on names are Linux's own.
 const (
-	maxNames      = 2 << 20 // with directories that no entry names
+	maxNames = 2 << 20 // with directories that no entry names
+	// So many names, and one for each so many bytes of the TOC, are allowed: an entry has
+	// more, but a path of many missing parents makes many names of few bytes.
+	freeNames, nameBytes = 1 << 10, 24
+
 	maxPathBytes  = unix.PathMax - 1
 	maxNameBytes  = 255
 	maxMajor      = 1<<12 - 1 // of a device
@@ -31,13 +35,13 @@ const (
 // sets its attributes; a hard link sets those of its target. Names are data here:
 // they are cleaned as if the layer were all there is, so that ".." stops at its root.
 type tree struct {
-	nodes  []node // 0 is the root
-	inodes []inode
-	byName map[childKey]uint32
-	xattrs xattrSets
-	// pending are hard links whose target was not there when they came.
-	pending []uint32
-	content content
+	nodes    []node // 0 is the root
+	maxNames int
+	byName   map[childKey]uint32
+	inodes   []inode
+	xattrs   xattrSets
+	content  content
+	pending  []uint32 // hard links whose target was not there when they came
 
 	// The parent that was found last: entries of a directory mostly come together.
 	lastDir  []byte
@@ -53,7 +57,7 @@ type childKey struct {
 	name   string
 }
 
-// node is one name. Nothing but a root has itself as its parent.
+// node is one name. The root is its own parent.
 type node struct {
 	name        string
 	parent      uint32
@@ -73,16 +77,17 @@ type inode struct {
 	uid, gid uint32
 	rdev     uint32
 	links    uint32
-	opaque   bool   // a directory that hides the lower layers'
+	opaque   bool   // a directory that hides what the layers below have in it
 	link     string // a symlink's target, or a waiting hard link's
 	mtime    int64  // seconds since 1970
 	xattrs   uint32 // a set's number
-	// Of a regular file: its size, chunks and place. Of a directory: its names in
-	// order, and their size, once they are laid out.
-	sizeBytes    int64
-	first, count uint32
-	dataOffset   int64
-	meta         place
+	// Of a regular file: its size, its first chunk, its place in the data file.
+	sizeBytes, dataOffset int64
+	first                 uint32
+	// Of a directory, once the image is planned: first, among the names in order, and
+	// how many.
+	count uint32
+	meta  place
 }
 
 // rootInode and whiteoutInode are there from the start. All whiteouts are one
@@ -92,16 +97,20 @@ const (
 	whiteoutInode
 )
 
-func newTree(expect int) *tree {
+func newTree(tocBytes int) *tree {
+	// An entry with its digests takes some 350 bytes, and what it becomes fewer.
+	expect := tocBytes/350 + 16
 	t := &tree{
-		nodes:  make([]node, 1, expect),
-		inodes: make([]inode, 2, expect),
-		byName: make(map[childKey]uint32, expect),
-		xattrs: newXattrSets(),
+		maxNames: min(maxNames, freeNames+tocBytes/nameBytes),
+		nodes:    make([]node, 1, expect),
+		inodes:   make([]inode, 2, expect),
+		byName:   make(map[childKey]uint32, expect),
+		xattrs:   newXattrSets(),
 	}
 	t.inodes[rootInode] = inode{kind: unix.S_IFDIR, mode: 0o755}
 	t.inodes[whiteoutInode] = inode{kind: unix.S_IFCHR}
 	t.content.file = noFile
+	t.content.chunks = make([]accel.Chunk, 0, expect)
 	return t
 }
 
@@ -252,8 +261,8 @@ func (t *tree) name(e *tocEntry, parent uint32, base []byte, in uint32) (uint32,
 	if len(base) > maxNameBytes {
 		return 0, e.invalid("has a name of more than %d bytes", maxNameBytes)
 	}
-	if len(t.nodes) == maxNames {
-		return 0, e.unsupported("is more than %d names", maxNames)
+	if len(t.nodes) >= t.maxNames {
+		return 0, e.unsupported("is more than %d names", t.maxNames)
 	}
 	n := uint32(len(t.nodes))
 	name := string(base)
@@ -268,14 +277,10 @@ func (t *tree) replace(n, in uint32) {
 	if t.nodes[n].inode == whiteoutInode {
 		t.nodes[n].hides = true
 	}
-	t.nodes[n].inode = in
-	gone := t.nodes[n].child
-	if gone == 0 {
-		return
-	}
-	t.nodes[n].child = 0
-	t.lastDir, t.lastNode = nil, 0 // it may have been below
-	for stack := []uint32{gone}; len(stack) > 0; {
+	stack := []uint32{t.nodes[n].child}
+	t.nodes[n].inode, t.nodes[n].child = in, 0
+	t.lastDir = nil // it may have been this, or below
+	for len(stack) > 0 {
 		at := stack[len(stack)-1]
 		stack = stack[:len(stack)-1]
 		for ; at != 0; at = t.nodes[at].next {

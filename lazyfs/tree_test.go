@@ -228,57 +228,58 @@ func TestBadTOCs(t *testing.T) {
 	}
 	long := strings.Repeat("n", 256)
 	for entries, want := range map[string]error{
-		`{"name":"a","type":"socket"}`:                                                                ErrUnsupported,
-		`{"name":"a"}`:                                                                                ErrUnsupported,
-		`{"name":"a","type":"dir","uid":-1}`:                                                          accel.ErrInvalid,
-		`{"name":"a","type":"dir","gid":4294967296}`:                                                  accel.ErrInvalid,
-		`{"name":"a","type":"dir","modtime":"yesterday"}`:                                             accel.ErrInvalid,
-		`{"name":"a\u0000b","type":"dir"}`:                                                            accel.ErrInvalid,
-		`{"name":"` + long + `","type":"dir"}`:                                                        accel.ErrInvalid,
-		`{"name":"` + strings.Repeat("a/", 2100) + `","type":"dir"}`:                                  accel.ErrInvalid,
-		`{"name":"","type":"symlink","linkName":"x"}`:                                                 accel.ErrInvalid,
-		`{"name":"a","type":"symlink"}`:                                                               accel.ErrInvalid,
-		`{"name":"a","type":"char","devMajor":4096}`:                                                  accel.ErrInvalid,
-		`{"name":"a","type":"block","devMinor":-1}`:                                                   accel.ErrInvalid,
-		`{"name":"a","type":"hardlink","linkName":"b"}`:                                               accel.ErrInvalid,
-		`{"name":"a","type":"hardlink","linkName":"a"}`:                                               accel.ErrInvalid,
-		`{"name":"d","type":"dir"},{"name":"a","type":"hardlink","linkName":"d"}`:                     accel.ErrInvalid,
-		`{"name":"a","type":"hardlink","linkName":"b"},{"name":"b","type":"hardlink","linkName":"a"}`: accel.ErrInvalid,
-		`{"name":"a","type":"hardlink","linkName":"d"},{"name":"d","type":"dir"}`:                     accel.ErrInvalid,
-		`{"name":"a","type":"symlink","linkName":"x"},{"name":"a/b","type":"dir"}`:                    ErrUnsupported,
-		`{"name":"a","type":"fifo"},{"name":"a/b","type":"dir"}`:                                      accel.ErrInvalid,
-		`{"name":".wh.","type":"reg"}`:                                                                accel.ErrInvalid,
-		`{"name":"a/.wh...","type":"reg"}`:                                                            accel.ErrInvalid,
-		`{"name":"a","type":"dir","xattrs":{"user.k":"?"}}`:                                           accel.ErrInvalid,
-		`{"name":"a","type":"dir","xattrs":{"user.k":1}}`:                                             accel.ErrInvalid,
-		`{"name":"a","type":"dir","xattrs":{"user.` + long + `":""}}`:                                 accel.ErrInvalid,
-		`{"name":"a","type":"dir","xattrs":{"user.k":"` + strings.Repeat("AAAA", 22_000) + `"}}`:      ErrUnsupported,
-		`{"name":"a","type":"chunk"}`:                                                                 accel.ErrInvalid,
-		file(``) + `,{"name":"g","type":"chunk","chunkOffset":10}`:                                    accel.ErrInvalid,
-		file(`,"offset":-1`):                                                                          accel.ErrInvalid,
-		file(`,"offset":1000`):                                                                        accel.ErrInvalid,
-		file(`,"offset":999`) + `,` + file(`,"offset":998`):                                           accel.ErrInvalid,
-		file(`,"innerOffset":20`) + `,` + file(`,"innerOffset":29`):                                   accel.ErrInvalid,
-		file(`,"innerOffset":-1`):                                                                     accel.ErrInvalid,
-		file(`,"innerOffset":268435456`):                                                              ErrUnsupported,
-		file(`,"innerOffset":1040000`):                                                                accel.ErrInvalid, // more than gzip holds
-		file(`,"chunkSize":11`):                                                                       accel.ErrInvalid,
-		file(`,"chunkSize":9`):                                                                        accel.ErrInvalid,
-		file(`,"chunkOffset":1`):                                                                      accel.ErrInvalid,
-		file(`,"chunkSize":-5`):                                                                       accel.ErrInvalid,
-		`{"name":"f","type":"reg","size":-1}`:                                                         accel.ErrInvalid,
-		`{"name":"f","type":"reg","size":10}`:                                                         ErrUnsupported,
-		`{"name":"f","type":"reg","size":10,"digest":` + sum + `,"chunkSize":5}`:                      ErrUnsupported,
-		`{"name":"f","type":"reg","size":10,"chunkDigest":"sha512:00"}`:                               ErrUnsupported,
-		`{"name":"f","type":"reg","size":100000000,"chunkDigest":` + sum + `}`:                        ErrUnsupported,
-		`{"name":"f","type":"reg","size":9000000000000,"chunkDigest":` + sum + `}`:                    accel.ErrInvalid,
-		`{"name":".prefetch.landmark","type":"reg","size":10,"offset":2000}`:                          accel.ErrInvalid,
-		`{"name":"a","type":"dir","size":1.5}`:                                                        accel.ErrInvalid,
-		`{"name":"a","type":"dir","size":1e3}`:                                                        accel.ErrInvalid,
-		`{"name":"a","type":"dir","size":12345678901234567890}`:                                       accel.ErrInvalid,
-		`{"name":"a","type":"dir"},`:                                                                  accel.ErrInvalid,
-		`{"name":"a","type":"dir","x":` + strings.Repeat("[", 100) + strings.Repeat("]", 100) + `}`:   accel.ErrInvalid,
-		"{\"name\":\"\xff\",\"type\":\"dir\"}":                                                        accel.ErrInvalid,
+		`{"name":"a","type":"socket"}`:                                                                  ErrUnsupported,
+		`{"name":"a"}`:                                                                                  ErrUnsupported,
+		`{"name":"a","type":"dir","uid":-1}`:                                                            accel.ErrInvalid,
+		`{"name":"a","type":"dir","gid":4294967296}`:                                                    accel.ErrInvalid,
+		`{"name":"a","type":"dir","modtime":"yesterday"}`:                                               accel.ErrInvalid,
+		`{"name":"a\u0000b","type":"dir"}`:                                                              accel.ErrInvalid,
+		`{"name":"` + long + `","type":"dir"}`:                                                          accel.ErrInvalid,
+		`{"name":"` + strings.Repeat("a/", 2100) + `","type":"dir"}`:                                    accel.ErrInvalid,
+		`{"name":"","type":"symlink","linkName":"x"}`:                                                   accel.ErrInvalid,
+		`{"name":"a","type":"symlink"}`:                                                                 accel.ErrInvalid,
+		`{"name":"a","type":"char","devMajor":4096}`:                                                    accel.ErrInvalid,
+		`{"name":"a","type":"block","devMinor":-1}`:                                                     accel.ErrInvalid,
+		`{"name":"a","type":"hardlink","linkName":"b"}`:                                                 accel.ErrInvalid,
+		`{"name":"a","type":"hardlink","linkName":"a"}`:                                                 accel.ErrInvalid,
+		`{"name":"d","type":"dir"},{"name":"a","type":"hardlink","linkName":"d"}`:                       accel.ErrInvalid,
+		`{"name":"a","type":"hardlink","linkName":"b"},{"name":"b","type":"hardlink","linkName":"a"}`:   accel.ErrInvalid,
+		`{"name":"a","type":"hardlink","linkName":"d"},{"name":"d","type":"dir"}`:                       accel.ErrInvalid,
+		`{"name":"a","type":"symlink","linkName":"x"},{"name":"a/b","type":"dir"}`:                      ErrUnsupported,
+		`{"name":"a","type":"fifo"},{"name":"a/b","type":"dir"}`:                                        accel.ErrInvalid,
+		`{"name":"d/.wh..wh..opq","type":"reg"},{"name":"d","type":"fifo"},{"name":"d/x","type":"dir"}`: accel.ErrInvalid,
+		`{"name":".wh.","type":"reg"}`:                                                                  accel.ErrInvalid,
+		`{"name":"a/.wh...","type":"reg"}`:                                                              accel.ErrInvalid,
+		`{"name":"a","type":"dir","xattrs":{"user.k":"?"}}`:                                             accel.ErrInvalid,
+		`{"name":"a","type":"dir","xattrs":{"user.k":1}}`:                                               accel.ErrInvalid,
+		`{"name":"a","type":"dir","xattrs":{"user.` + long + `":""}}`:                                   accel.ErrInvalid,
+		`{"name":"a","type":"dir","xattrs":{"user.k":"` + strings.Repeat("AAAA", 22_000) + `"}}`:        ErrUnsupported,
+		`{"name":"a","type":"chunk"}`:                                                                   accel.ErrInvalid,
+		file(``) + `,{"name":"g","type":"chunk","chunkOffset":10}`:                                      accel.ErrInvalid,
+		file(`,"offset":-1`):                                                                            accel.ErrInvalid,
+		file(`,"offset":1000`):                                                                          accel.ErrInvalid,
+		file(`,"offset":999`) + `,` + file(`,"offset":998`):                                             accel.ErrInvalid,
+		file(`,"innerOffset":20`) + `,` + file(`,"innerOffset":29`):                                     accel.ErrInvalid,
+		file(`,"innerOffset":-1`):                                                                       accel.ErrInvalid,
+		file(`,"innerOffset":268435456`):                                                                ErrUnsupported,
+		file(`,"innerOffset":1040000`):                                                                  accel.ErrInvalid, // more than gzip holds
+		file(`,"chunkSize":11`):                                                                         accel.ErrInvalid,
+		file(`,"chunkSize":9`):                                                                          accel.ErrInvalid,
+		file(`,"chunkOffset":1`):                                                                        accel.ErrInvalid,
+		file(`,"chunkSize":-5`):                                                                         accel.ErrInvalid,
+		`{"name":"f","type":"reg","size":-1}`:                                                           accel.ErrInvalid,
+		`{"name":"f","type":"reg","size":10}`:                                                           ErrUnsupported,
+		`{"name":"f","type":"reg","size":10,"digest":` + sum + `,"chunkSize":5}`:                        ErrUnsupported,
+		`{"name":"f","type":"reg","size":10,"chunkDigest":"sha512:00"}`:                                 ErrUnsupported,
+		`{"name":"f","type":"reg","size":100000000,"chunkDigest":` + sum + `}`:                          ErrUnsupported,
+		`{"name":"f","type":"reg","size":9000000000000,"chunkDigest":` + sum + `}`:                      accel.ErrInvalid,
+		`{"name":".prefetch.landmark","type":"reg","size":10,"offset":2000}`:                            accel.ErrInvalid,
+		`{"name":"a","type":"dir","size":1.5}`:                                                          accel.ErrInvalid,
+		`{"name":"a","type":"dir","size":1e3}`:                                                          accel.ErrInvalid,
+		`{"name":"a","type":"dir","size":12345678901234567890}`:                                         accel.ErrInvalid,
+		`{"name":"a","type":"dir"},`:                                                                    accel.ErrInvalid,
+		`{"name":"a","type":"dir","x":` + strings.Repeat("[", 100) + strings.Repeat("]", 100) + `}`:     accel.ErrInvalid,
+		"{\"name\":\"\xff\",\"type\":\"dir\"}":                                                          accel.ErrInvalid,
 	} {
 		_, err := Build([]byte(`{"version":1,"entries":[`+entries+`]}`), 1000)
 		if !errors.Is(err, want) {
@@ -291,6 +292,17 @@ func TestBadTOCs(t *testing.T) {
 		}
 	}
 	if _, err := Build([]byte(`{"version":2}`), 1000); !errors.Is(err, ErrUnsupported) {
+		t.Error(err)
+	}
+}
+
+// TestTooManyNames: a TOC cannot ask for much more than it is.
+func TestTooManyNames(t *testing.T) {
+	var b strings.Builder
+	for i := range 100 {
+		fmt.Fprintf(&b, `%s{"name":"%d/%s","type":"dir"}`, strings.Repeat(",", min(i, 1)), i, strings.Repeat("a/", 2000))
+	}
+	if _, err := Build([]byte(`{"version":1,"entries":[`+b.String()+`]}`), 1000); !errors.Is(err, ErrUnsupported) {
 		t.Error(err)
 	}
 }

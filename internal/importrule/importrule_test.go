@@ -28,6 +28,7 @@ var may = map[string][]string{
 	"accel/cache":               {"accel"},
 	"accel/snapshot":            {"accel"},
 	"accel/prefetch":            {"accel", "accel/internal/deflate"},
+	"accel/lazyfs":              {"accel", "accel/internal/keylock"},
 	"accel/mirror":              {"accel", "accel/cache", "accel/registry", "accel/internal/keylock"},
 	"accel/fleet":               {"accel"},
 	"accel/worker":              {"accel", "accel/readiness", "accel/convert", "accel/registry", "accel/trust", "accel/internal/keylock"},
