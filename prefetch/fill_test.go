@@ -178,7 +178,7 @@ func TestOvertakes(t *testing.T) {
 	fx := build(t, random(4), shape{members: 150, most: 400_000})
 	m, _, done := b.add(fx, func(l *Layer) {
 		l.Source.(*registry).latency = time.Millisecond
-		l.Source.(*registry).single = 10 * time.Millisecond
+		l.Source.(*registry).single = 4 * time.Millisecond
 	})
 	eventually(t, "some bytes", func() bool { return m.Left() < 148 })
 	b.fill(fx, 15, 1)

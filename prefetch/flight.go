@@ -180,7 +180,7 @@ func (f *Filler) judge(l *layer, fl *flight, err error) {
 // fly brings what fl is for.
 func (f *Filler) fly(ctx context.Context, fl *flight) error {
 	to := fl.end
-	if fl.kind == demand {
+	if fl.must > fl.first {
 		to = fl.must // to look for all of the window would keep waiting who waits
 	}
 	f.copyTwins(ctx, fl, to)
