@@ -33,7 +33,7 @@ func TestLayerModel(t *testing.T) {
 		}
 		switch op := rng.IntN(20); {
 		case op < 4 && !m.here:
-			kept = mustCreate(t, s, l)
+			mustCreate(t, s, l)
 			m.here, m.marks = true, map[int]bool{}
 		case op < 12 && m.here:
 			var some []int
