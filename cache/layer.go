@@ -173,7 +173,7 @@ func (l *Layer) Reserve(bytes int64) (release func(), err error) {
 		return nil, err
 	}
 	return sync.OnceFunc(func() {
-		l.account(func() {
+		_ = l.account(func() { // files that are gone, Commit notices
 			s.reserved -= bytes
 			l.writers--
 		})

@@ -38,7 +38,7 @@ type Options struct {
 	FreeFloorBytes int64
 	// VerifyLayer reads a layer for Check, and for taking back one that the index does not know: wrong are those
 	// of the chunks for which has is true whose bytes in f.Data are not what f.Table says, and progress is told of bytes
-	// as they are read. Before it returns it has taken the wrong ones from whoever serves the layer. An error that is not the
+	// as they are read. Calls for several layers may run at a time. Before it returns it has taken the wrong ones from whoever serves the layer. An error that is not the
 	// context's or for want of file descriptors says that Meta, Table or TOC are damaged. nil: the chunks of
 	// layers are not checked, and what the index does not know of them is removed.
 	VerifyLayer func(ctx context.Context, d digest.Digest, f LayerFiles, has func(chunk int) bool, progress func(bytes int64)) (wrong []int, err error)

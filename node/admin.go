@@ -59,7 +59,7 @@ func (n *Node) admin(ctx context.Context) http.Handler {
 	get(routes, "node", "/v1/node", "What the node is and how it does", func(context.Context, *struct{}) (Status, error) { return n.status(), nil })
 	get(routes, "mounts", "/v1/mounts", "Images of which layers are lazily mounted", func(context.Context, *struct{}) ([]MountedImage, error) { return n.mounted(), nil })
 	get(routes, "cache-usage", "/v1/cache", "How full the cache is, and what is pinned", func(ctx context.Context, _ *struct{}) (Usage, error) { return c.Usage(ctx) })
-	get(routes, "cache-blobs", "/v1/cache/blobs", "All blobs, those used last first", func(ctx context.Context, _ *struct{}) ([]Blob, error) { return c.List(ctx) })
+	get(routes, "cache-blobs", "/v1/cache/blobs", "All blobs and layers, those used last first", func(ctx context.Context, _ *struct{}) ([]Blob, error) { return c.List(ctx) })
 	get(routes, "cache-stat", "/v1/cache/content", "What there is of an image or a digest", func(ctx context.Context, in *struct {
 		What string `query:"what" required:"true" maxLength:"1024"`
 	}) (Content, error) {
@@ -74,7 +74,7 @@ func (n *Node) admin(ctx context.Context) http.Handler {
 	})
 	huma.Register(routes, huma.Operation{
 		OperationID: "cache-check", Method: http.MethodPost, Path: "/v1/cache/check",
-		Summary: "Read every complete blob again, and drop what is damaged", Description: "The answer is a JSON object a line: how far it is, and last the report.",
+		Summary: "Read every complete blob and every layer again, and drop what is damaged", Description: "The answer is a JSON object a line: how far it is, and last the report.",
 	}, func(context.Context, *struct{}) (*huma.StreamResponse, error) {
 		return &huma.StreamResponse{Body: func(out huma.Context) { check(ctx, out, c) }}, nil
 	})

@@ -15,7 +15,7 @@ import (
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Blob is one blob of the store and who holds it there.
+// Blob is one blob or layer of the store and who holds it there.
 type Blob struct {
 	cache.Entry
 	PinnedBy []string `json:"pinnedBy,omitempty" doc:"owners of pins"`
@@ -24,17 +24,21 @@ type Blob struct {
 // Usage is how full the store is and what is pinned.
 type Usage struct {
 	accel.CacheUsage
-	CompleteBlobs int                        `json:"completeBlobs"`
-	Pins          map[string][]digest.Digest `json:"pins,omitempty" doc:"what each owner holds"`
+	CompleteBlobs int `json:"completeBlobs"`
+	// Layers are kept inflated for mounts, beside the blobs.
+	Layers         int                        `json:"layers"`
+	CompleteLayers int                        `json:"completeLayers"`
+	Pins           map[string][]digest.Digest `json:"pins,omitempty" doc:"what each owner holds"`
 }
 
 // Content is an image as the store has it.
 type Content struct {
 	Image  string        `json:"image" doc:"an image as it was asked for, or a digest"`
 	Digest digest.Digest `json:"digest"`
-	// Complete: everything is here that this machine needs of it.
+	// Complete: everything is here that this machine pulls of it. Layers that are here inflated alone can be mounted, not pulled; asked
+	// for one by its digest, either form will do.
 	Complete bool   `json:"complete"`
-	Blobs    []Blob `json:"blobs" doc:"config and layers for this machine, also those that are not here"`
+	Blobs    []Blob `json:"blobs" doc:"config and layers for this machine, also those that are not here; layers kept inflated too"`
 
 	manifests []digest.Digest
 }
@@ -46,7 +50,7 @@ type Contents struct {
 	canonical func(host string) (string, error)
 }
 
-// List returns all blobs, those used last first.
+// List returns all blobs and layers, those used last first.
 func (c *Contents) List(context.Context) ([]Blob, error) {
 	owners := c.owners()
 	entries := c.store.List()
@@ -75,7 +79,13 @@ func (c *Contents) owners() map[digest.Digest][]string {
 func (c *Contents) Usage(context.Context) (Usage, error) {
 	u := Usage{CacheUsage: c.store.Usage(), Pins: c.store.Pins()}
 	for _, e := range c.store.List() {
-		if e.Complete {
+		switch {
+		case e.Form == cache.FormLayer && e.Complete:
+			u.CompleteLayers++
+			u.Layers++
+		case e.Form == cache.FormLayer:
+			u.Layers++
+		case e.Complete:
 			u.CompleteBlobs++
 		}
 	}
@@ -86,14 +96,19 @@ func (c *Contents) Usage(context.Context) (Usage, error) {
 // or the blob, is not here.
 func (c *Contents) Stat(_ context.Context, what string) (Content, error) {
 	if d, err := digest.Parse(what); err == nil {
-		e, err := c.store.Stat(d)
-		if errors.Is(err, accel.ErrNotFound) {
+		forms, err := c.forms(d)
+		if err == nil && len(forms) == 0 {
 			return c.image(what, "", d)
 		}
 		if err != nil {
 			return Content{}, err
 		}
-		return Content{Image: what, Digest: d, Complete: e.Complete, Blobs: []Blob{{e, c.owners()[d]}}}, nil
+		content := Content{Image: what, Digest: d}
+		for _, e := range forms {
+			content.Complete = content.Complete || e.Complete
+			content.Blobs = append(content.Blobs, Blob{e, c.owners()[d]})
+		}
+		return content, nil
 	}
 	ref, err := accel.ParseReference(what)
 	if err != nil {
@@ -113,6 +128,23 @@ func (c *Contents) Stat(_ context.Context, what string) (Content, error) {
 		d = tag.Digest
 	}
 	return c.image(what, ref.Name(), d)
+}
+
+// forms is what there is of a digest: a blob, a layer or both.
+func (c *Contents) forms(d digest.Digest) (forms []cache.Entry, err error) {
+	e, err := c.store.Stat(d)
+	if err == nil {
+		forms = append(forms, e)
+	} else if !errors.Is(err, accel.ErrNotFound) {
+		return nil, err
+	}
+	l, err := c.store.Layer(d)
+	if err == nil {
+		forms = append(forms, l.Stat())
+	} else if !errors.Is(err, accel.ErrNotFound) {
+		return nil, err
+	}
+	return forms, nil
 }
 
 // image follows a manifest or index to what this machine needs of it.
@@ -141,15 +173,17 @@ func (c *Contents) image(what, repository string, d digest.Digest) (Content, err
 		}
 		if parsed.Config != nil {
 			for _, l := range append([]v1.Descriptor{*parsed.Config}, parsed.Layers...) {
-				e, err := c.store.Stat(l.Digest)
-				if errors.Is(err, accel.ErrNotFound) {
-					e, err = cache.Entry{Digest: l.Digest, SizeBytes: l.Size}, nil
-				}
+				forms, err := c.forms(l.Digest)
 				if err != nil {
 					return content, err
 				}
-				content.Complete = content.Complete && e.Complete
-				content.Blobs = append(content.Blobs, Blob{e, owners[l.Digest]})
+				if len(forms) == 0 || forms[0].Form != cache.FormBlob {
+					forms = slices.Insert(forms, 0, cache.Entry{Form: cache.FormBlob, Digest: l.Digest, SizeBytes: l.Size})
+				}
+				content.Complete = content.Complete && forms[0].Complete
+				for _, e := range forms {
+					content.Blobs = append(content.Blobs, Blob{e, owners[l.Digest]})
+				}
 			}
 		}
 		for _, member := range parsed.Manifests {
@@ -161,7 +195,7 @@ func (c *Contents) image(what, repository string, d digest.Digest) (Content, err
 	return content, nil
 }
 
-// Check reads every complete blob again and drops what is damaged; see cache.Store.
+// Check reads every complete blob and every layer again and drops what is damaged; see cache.Store.
 func (c *Contents) Check(ctx context.Context, progress func(done, total int64)) (cache.Report, error) {
 	return c.store.Check(ctx, progress)
 }

@@ -70,6 +70,69 @@ func TestThePulledIsKeptAndTold(t *testing.T) {
 	})
 }
 
+// TestLayersAreListed: what is kept inflated is shown beside the blob of its digest, and passes for it nowhere.
+func TestLayersAreListed(t *testing.T) {
+	b := newBed(t)
+	ref, img := b.push("team/app:v1", 3<<20, 100)
+	d := b.start(nil)
+	_, err := b.pull(d.host, "team/app:v1")
+	b.check(err)
+	b.check(d.stop())
+	layers, err := img.Layers()
+	b.check(err)
+	first, err := layers[0].Digest()
+	b.check(err)
+	second, err := layers[1].Digest()
+	b.check(err)
+	both := digest.Digest(first.String())
+	alone := digest.FromString("a layer without its blob")
+	store, err := cache.Open(cache.Options{Dir: filepath.Join(b.dir, "cache")})
+	b.check(err)
+	for _, d := range []digest.Digest{both, alone} {
+		kept, err := store.CreateLayer(b.ctx, d, cache.LayerInfo{Chunks: 2, DataBytes: 8192}, func(f cache.LayerFiles) error {
+			return errors.Join(os.WriteFile(f.Meta, nil, 0o600), os.WriteFile(f.Table, nil, 0o600), os.WriteFile(f.TOC, nil, 0o600), os.WriteFile(f.Data, make([]byte, 8192), 0o600))
+		})
+		b.check(err)
+		b.check(kept.Commit([]int{0}))
+	}
+	b.check(store.Remove(digest.Digest(second.String())))
+	b.check(store.Close())
+	b.offline(func(c *node.Contents) error {
+		list, err := c.List(b.ctx)
+		b.check(err)
+		u, err := c.Usage(b.ctx)
+		b.check(err)
+		if len(list) != 4 || u.Blobs != 2 || u.CompleteBlobs != 2 || u.Layers != 2 || u.CompleteLayers != 0 {
+			t.Errorf("%d in the list, %+v", len(list), u)
+		}
+		got, err := c.Stat(b.ctx, both.String())
+		b.check(err)
+		if len(got.Blobs) != 2 || got.Blobs[0].Form != cache.FormBlob || got.Blobs[1].Form != cache.FormLayer || !got.Complete {
+			t.Errorf("both forms: %+v", got)
+		}
+		got, err = c.Stat(b.ctx, alone.String())
+		b.check(err)
+		if len(got.Blobs) != 1 || got.Blobs[0].PresentChunks != 1 || got.Complete {
+			t.Errorf("inflated alone: %+v", got)
+		}
+		got, err = c.Stat(b.ctx, ref)
+		b.check(err)
+		if len(got.Blobs) != 4 || got.Complete {
+			t.Errorf("the image: %+v", got)
+		}
+		if _, err := c.Pin(b.ctx, both.String()); err != nil {
+			t.Error(err)
+		}
+		list, err = c.List(b.ctx)
+		for _, e := range list {
+			if e.Pinned != (e.Digest == both) || e.Pinned != (len(e.PinnedBy) == 1) {
+				t.Errorf("%+v", e)
+			}
+		}
+		return err
+	})
+}
+
 // offline opens the bed's folder with no daemon.
 func (b *bed) offline(do func(c *node.Contents) error) {
 	b.Helper()

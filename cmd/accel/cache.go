@@ -92,7 +92,7 @@ type withCache func(cmd *cobra.Command, do func(context.Context, contents) error
 
 func newCacheList(g *globals, with withCache) *cobra.Command {
 	return &cobra.Command{
-		Use: "ls", Short: "List blobs, those used last first", Args: noArgs, Example: "  accel cache ls\n  accel cache ls -o json",
+		Use: "ls", Short: "List blobs and layers, those used last first", Args: noArgs, Example: "  accel cache ls\n  accel cache ls -o json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return with(cmd, func(ctx context.Context, c contents) error {
 				blobs, err := c.List(ctx)
@@ -106,12 +106,14 @@ func newCacheList(g *globals, with withCache) *cobra.Command {
 }
 
 func showBlobs(w *tabwriter.Writer, blobs []node.Blob) {
-	fmt.Fprintln(w, "DIGEST\tSIZE\tHERE\tUSED\tSTATE\tPINNED BY")
+	fmt.Fprintln(w, "DIGEST\tFORM\tSIZE\tHERE\tUSED\tSTATE\tPINNED BY")
 	for _, b := range blobs {
 		here, used := "nothing", ""
 		switch {
 		case b.Complete:
 			here = "all"
+		case b.Chunks > 0:
+			here = fmt.Sprintf("%s, %d of %d chunks", bytesText(b.PresentBytes), b.PresentChunks, b.Chunks)
 		case b.PresentBytes > 0:
 			here = bytesText(b.PresentBytes)
 		}
@@ -125,7 +127,7 @@ func showBlobs(w *tabwriter.Writer, blobs []node.Blob) {
 		case b.Readers > 0:
 			state = "read"
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", b.Digest, bytesText(b.SizeBytes), here, used, state, strings.Join(b.PinnedBy, " "))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", b.Digest, b.Form, bytesText(b.SizeBytes), here, used, state, strings.Join(b.PinnedBy, " "))
 	}
 }
 
@@ -168,6 +170,7 @@ func showUsage(w *tabwriter.Writer, u node.Usage) {
 	fmt.Fprintf(w, "free on disk\t%s\n", bytesText(u.FreeBytes))
 	fmt.Fprintf(w, "pinned\t%s\n", bytesText(u.PinnedBytes))
 	fmt.Fprintf(w, "blobs\t%d, of which %d complete\n", u.Blobs, u.CompleteBlobs)
+	fmt.Fprintf(w, "layers\t%d, of which %d complete\n", u.Layers, u.CompleteLayers)
 	for owner, held := range u.Pins {
 		fmt.Fprintf(w, "pin\t%s holds %d digests\n", owner, len(held))
 	}
@@ -194,7 +197,9 @@ func newCacheCheck(g *globals, with withCache) *cobra.Command {
 				}
 				err = g.print(cmd, r, func(w *tabwriter.Writer) { showReport(w, r) })
 				if err == nil && len(r.Damaged) > 0 {
-					err = fmt.Errorf("%d blobs were damaged and dropped", len(r.Damaged))
+					err = fmt.Errorf("%d blobs or layers were damaged and dropped", len(r.Damaged))
+				} else if err == nil && r.WrongChunks > 0 {
+					err = fmt.Errorf("%d chunks of layers were damaged, and are fetched again", r.WrongChunks)
 				}
 				return err
 			})
@@ -226,16 +231,20 @@ func showReport(w *tabwriter.Writer, r cache.Report) {
 			fmt.Fprintf(w, "%s\t%d\n", name, n)
 		}
 	}
-	row("checked", r.CheckedBlobs, r.CheckedBytes)
+	row("checked", r.CheckedBlobs+r.CheckedLayers, r.CheckedBytes)
+	row("of which layers", r.CheckedLayers, 0)
 	row("not complete, so not checked", r.PartialBlobs, 0)
-	row("taken back into the index", r.AdoptedBlobs, 0)
+	row("layers whose chunks were not checked", r.UncheckedLayers, 0)
+	row("damaged chunks", r.WrongChunks, 0)
+	row("taken back into the index", r.AdoptedBlobs+r.AdoptedLayers, 0)
 	row("removed blobs", r.RemovedBlobs, 0)
+	row("removed layers", r.RemovedLayers, 0)
 	row("removed files", r.RemovedFiles, 0)
-	row("freed", r.RemovedBlobs+r.RemovedFiles, r.FreedBytes)
+	row("freed", r.RemovedBlobs+r.RemovedLayers+r.RemovedFiles, r.FreedBytes)
 	for _, d := range r.Damaged {
 		fmt.Fprintf(w, "damaged\t%s\n", d)
 	}
-	if r.CheckedBlobs+r.PartialBlobs+r.AdoptedBlobs+r.RemovedBlobs+r.RemovedFiles+len(r.Damaged) == 0 {
+	if r.CheckedBlobs+r.CheckedLayers+r.PartialBlobs+r.UncheckedLayers+r.AdoptedBlobs+r.AdoptedLayers+r.RemovedBlobs+r.RemovedLayers+r.RemovedFiles+len(r.Damaged) == 0 {
 		fmt.Fprintln(w, "nothing to do")
 	}
 }
