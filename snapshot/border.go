@@ -82,6 +82,8 @@ const (
 type Event struct {
 	Kind    Kind
 	Request Request // empty where Kind is KindPrepared
+	// Key is containerd's name of the snapshot; of a container's it ends with the container's ID.
+	Key string
 	// Layer is the one that was mounted, in whatever form.
 	Layer digest.Digest
 	// Layers are, where Kind is KindPrepared, those of the image that are mounted lazily, the topmost first.
@@ -95,7 +97,7 @@ type Event struct {
 // Causes of a layer's not being mounted lazily.
 const (
 	CauseImage    = "image"    // Images declined
-	CauseLabels   = "labels"   // containerd did not say what layer it is; see docs/node.md for its set-up
+	CauseLabels   = "labels"   // containerd did not say what layer it is: its configuration lacks a switch
 	CauseTimeout  = "timeout"  // no answer within Limit
 	CauseError    = "error"    // Images failed
 	CauseMount    = "mount"    // the layer could not be pinned or mounted

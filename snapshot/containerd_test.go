@@ -32,6 +32,7 @@ import (
 const toolSource = `package main
 
 import (
+	"fmt"
 	"os"
 	"os/signal"
 	"syscall"
@@ -45,6 +46,11 @@ func main() {
 		return
 	}
 	for _, path := range os.Args[2:] {
+		if os.Args[1] == "owner" {
+			var st syscall.Stat_t
+			fmt.Println(path, syscall.Stat(path, &st), st.Uid, st.Gid)
+			continue
+		}
 		b, err := os.ReadFile(path)
 		if err != nil {
 			println(err.Error())
@@ -98,6 +104,7 @@ func setup(version, socket, root string) string {
 [proxy_plugins.accel]
   type = 'snapshot'
   address = '%s'
+  capabilities = ['remap-ids']
 [proxy_plugins.accel.exports]
   root = '%s'
   enable_remote_snapshot_annotations = 'true'
@@ -118,9 +125,9 @@ const ownPull = `  use_local_image_pull = true
 `
 
 // newNode starts all of it, and pushes the sandbox's image.
-func newNode(t *testing.T, version string, extra ...string) *node {
+func newNode(t *testing.T, version string, extra string, change ...func(*Options)) *node {
 	t.Helper()
-	n := &node{bed: newBed(t), http: &http.Transport{}}
+	n := &node{bed: newBed(t, change...), http: &http.Transport{}}
 	r, err := testbed.StartRegistry(testbed.RegistryOptions{Dir: t.TempDir()})
 	n.check(err)
 	n.registry = r
@@ -133,7 +140,7 @@ func newNode(t *testing.T, version string, extra ...string) *node {
 	program, err := tool()
 	n.check(err)
 	pause := n.push("pause:1", map[string]string{"pause": string(program)})
-	n.containerd, err = testbed.StartContainerd(n.ctx, testbed.ContainerdOptions{Version: version, SandboxImage: pause, Extra: setup(version, n.socket(), n.Snapshotter.o.Dir) + strings.Join(extra, "")})
+	n.containerd, err = testbed.StartContainerd(n.ctx, testbed.ContainerdOptions{Version: version, SandboxImage: pause, Extra: setup(version, n.socket(), n.Snapshotter.o.Dir) + extra})
 	n.check(err)
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -251,7 +258,7 @@ func (n *node) requireLazy() {
 }
 
 func TestPullAndRun(t *testing.T) {
-	n := newNode(t, testbed.Containerd2)
+	n := newNode(t, testbed.Containerd2, "")
 	image := n.app("team/app:v1", 3)
 	n.check(n.pullCtr(image))
 	n.requireLazy()

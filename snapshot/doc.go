@@ -16,4 +16,33 @@
 //
 // The order of writes: a layer is pinned, mounted, then committed; and removed from the metastore first, then
 // unmounted, unpinned, and its directory removed. What a crash leaves in between, Restore takes away.
+//
+// A node calls Open, makes the pins equal to Owners, prepares Mounts for those layers, calls Restore, then Serve.
+//
+// containerd 2 has to be configured so; the name is free, root is Options.Dir:
+//
+//	[proxy_plugins.accel]
+//	  type = "snapshot"
+//	  address = "/run/accel/snapshotter.sock"
+//	  capabilities = ["remap-ids"]                # where CanRemapIDs; never "rebase": layers are then prepared without their parents
+//	[proxy_plugins.accel.exports]
+//	  root = "/var/lib/accel/snapshots"
+//	  enable_remote_snapshot_annotations = "true" # else no layer is lazy
+//	[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+//	  platform = "linux/amd64"
+//	  snapshotter = "overlayfs"                   # the default, which an entry of one's own takes away
+//	[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+//	  platform = "linux/amd64"
+//	  snapshotter = "accel"
+//	[plugins."io.containerd.cri.v1.images"]
+//	  snapshotter = "accel"                       # with use_local_image_pull = true also disable_snapshot_annotations = false
+//
+// and containerd 1.6 and 1.7, where ctr pulls nothing lazily:
+//
+//	[proxy_plugins.accel]
+//	  type = "snapshot"
+//	  address = "/run/accel/snapshotter.sock"
+//	[plugins."io.containerd.grpc.v1.cri".containerd]
+//	  snapshotter = "accel"
+//	  disable_snapshot_annotations = false
 package snapshot

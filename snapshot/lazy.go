@@ -24,7 +24,7 @@ func (r *refusal) Unwrap() error { return r.err }
 
 // prepareLayer answers containerd's question before it downloads a layer.
 func (s *Snapshotter) prepareLayer(ctx context.Context, key, parent string, labels map[string]string) ([]mount.Mount, error) {
-	e := Event{Began: time.Now(), Request: Request{Namespace: namespaceOf(ctx)}}
+	e := Event{Began: time.Now(), Key: key, Request: Request{Namespace: namespaceOf(ctx)}}
 	err := s.lazily(ctx, key, parent, labels, &e)
 	e.Took = time.Since(e.Began)
 	var no *refusal

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -19,7 +20,7 @@ import (
 func TestDeclinedInTheMiddle(t *testing.T) {
 	for _, version := range []string{testbed.Containerd2, testbed.Containerd16} {
 		t.Run(version, func(t *testing.T) {
-			n := newNode(t, version)
+			n := newNode(t, version, "")
 			image := n.app("team/app:v1", 5)
 			asked := 0
 			n.layers.set(func() {
@@ -60,7 +61,7 @@ func TestDeclinedInTheMiddle(t *testing.T) {
 
 // TestNothingLazy: where everything is declined, or the node cannot answer, images are pulled as ever.
 func TestNothingLazy(t *testing.T) {
-	n := newNode(t, testbed.Containerd2)
+	n := newNode(t, testbed.Containerd2, "")
 	n.layers.set(func() {
 		n.layers.answer = func(context.Context, Request) (Lazy, error) { return Lazy{}, errors.New("no network") }
 	})
@@ -81,7 +82,7 @@ func TestNothingLazy(t *testing.T) {
 func TestRestartWhileRunning(t *testing.T) {
 	for _, version := range []string{testbed.Containerd2, testbed.Containerd16} {
 		t.Run(version, func(t *testing.T) {
-			n := newNode(t, version)
+			n := newNode(t, version, "")
 			image := n.app("team/app:v1", 3)
 			_, err := n.containerd.PullCRI(n.ctx, image, "", "")
 			n.check(err)
@@ -127,7 +128,7 @@ func TestRestartWhileRunning(t *testing.T) {
 // TestRebootOfNode: with the mounts gone, containers start on the images that are there, without a registry. One image's layer
 // is lost: its containers are refused with the reason, until it is back.
 func TestRebootOfNode(t *testing.T) {
-	n := newNode(t, testbed.Containerd2)
+	n := newNode(t, testbed.Containerd2, "")
 	image, other := n.app("team/app:v1", 3), n.push("team/other:v1", map[string]string{"x": "y"})
 	for _, i := range []string{image, other} {
 		_, err := n.containerd.PullCRI(n.ctx, i, "", "")
@@ -180,7 +181,7 @@ func (n *node) lost(image string) digest.Digest {
 
 // TestTwoNamespaces: an image in two of containerd's namespaces is mounted once, and goes with the second.
 func TestTwoNamespaces(t *testing.T) {
-	n := newNode(t, testbed.Containerd2)
+	n := newNode(t, testbed.Containerd2, "")
 	image := n.app("team/app:v1", 3)
 	for _, ns := range []string{"one", "two"} {
 		_, err := n.containerd.Ctr(n.ctx, "-n", ns, "images", "pull", "--snapshotter", "accel", image)
@@ -205,4 +206,26 @@ func TestTwoNamespaces(t *testing.T) {
 	if lazy := len(n.Lazy()); lazy != 0 {
 		t.Errorf("%d lazy snapshots after the second removal", lazy)
 	}
+}
+
+// TestRemappedOwners: a container in a user namespace sees the layers' files as its own, over EROFS, without a copy.
+func TestRemappedOwners(t *testing.T) {
+	if !CanRemapIDs() {
+		t.Skip("SKIPPED: NOT TESTED here, because this kernel cannot map owners of an overlay's layers")
+	}
+	if _, err := exec.LookPath("mkfs.erofs"); err != nil {
+		t.Skip("SKIPPED: NOT TESTED here, because mkfs.erofs is missing (erofs-utils)")
+	}
+	n := newNode(t, testbed.Containerd2, "", func(o *Options) { o.RemapIDs = true })
+	n.layers.set(func() { n.layers.erofs = true })
+	image := n.app("team/app:v1", 2)
+	n.check(n.pullCtr(image))
+	n.requireLazy()
+	out, err := n.containerd.Ctr(n.ctx, "run", "--rm", "--snapshotter", "accel", "--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536",
+		"--remap-labels", image, "c", "/tool", "owner", "/first", "/dir/file1")
+	n.check(err)
+	if !strings.HasSuffix(out, "/first <nil> 0 0\n/dir/file1 <nil> 0 0\n") {
+		t.Errorf("the container says %q", out)
+	}
+	n.consistent()
 }

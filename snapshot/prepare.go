@@ -31,7 +31,7 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	began := time.Now()
 	m, lazy, err := s.prepare(ctx, snapshots.KindActive, key, parent, opts...)
 	if err == nil && len(lazy) > 0 {
-		s.o.Observe(Event{Kind: KindPrepared, Layers: lazy, Began: began, Took: time.Since(began)})
+		s.o.Observe(Event{Kind: KindPrepared, Key: key, Layers: lazy, Began: began, Took: time.Since(began)})
 	}
 	return m, err
 }

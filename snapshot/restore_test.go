@@ -424,3 +424,13 @@ func TestDamagedMetadata(t *testing.T) {
 		})
 	}
 }
+
+// TestDamagedAtFirstStart: the power went before there was anything.
+func TestDamagedAtFirstStart(t *testing.T) {
+	b := newBed(t)
+	b.check(b.Close())
+	b.check(os.Truncate(filepath.Join(b.dir, "s", storeName), 3000))
+	b.open()
+	b.pull("r", b.layers.add(t, map[string]string{"a": "one"}))
+	b.consistent()
+}

@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -228,6 +230,9 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 
 // Walk implements snapshots.Snapshotter.
 func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
+	if info, ok := s.sought(ctx, filters); ok {
+		return fn(ctx, info)
+	}
 	shown := false
 	err := s.store.WithTransaction(ctx, false, func(ctx context.Context) error {
 		return storage.WalkInfo(ctx, func(ctx context.Context, info snapshots.Info) error {
@@ -239,6 +244,27 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 		return nil // nothing was ever written
 	}
 	return err
+}
+
+// sought is the lazy snapshot that containerd looks for after it was told that a layer is there. It walks over all
+// for that, once for each layer of an image; its name follows from the filter.
+func (s *Snapshotter) sought(ctx context.Context, filters []string) (snapshots.Info, bool) {
+	if len(filters) != 1 {
+		return snapshots.Info{}, false
+	}
+	rest, ok := strings.CutPrefix(filters[0], fmt.Sprintf("labels.%q==", snapshots.LabelSnapshotRef))
+	ref, quoted, both := strings.Cut(rest, ",parent==")
+	parent, err := strconv.Unquote(quoted)
+	if !ok || !both || err != nil {
+		return snapshots.Info{}, false
+	}
+	name, err := s.nameFor(ctx, parent, digest.Digest(ref))
+	if err != nil {
+		return snapshots.Info{}, false
+	}
+	info, err := s.Stat(ctx, name)
+	found := err == nil && info.Kind == snapshots.KindCommitted && info.Parent == parent && info.Labels[snapshots.LabelSnapshotRef] == ref
+	return info, found
 }
 
 // Close gives the folder back. Nothing is unmounted and nothing removed: containers go on.

@@ -40,6 +40,13 @@ func openStore(ctx context.Context, dir string, load func(id string, info snapsh
 		return nil, damaged(dir, attempts, fmt.Errorf("the process died %d times while reading %s; once more it is read when this file is removed", n-1, storeName))
 	}
 	store, err := readStore(ctx, path, load)
+	if err != nil && !errors.As(err, new(syscall.Errno)) && !errors.Is(err, bolterrors.ErrTimeout) && unused(dir) {
+		// The power went while the file was made: there is nothing to lose.
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
+		store, err = readStore(ctx, path, load)
+	}
 	switch {
 	case err == nil:
 		return store, os.Remove(attempts)
@@ -63,14 +70,16 @@ func missing(dir, path string) error {
 	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	entries, err := os.ReadDir(filepath.Join(dir, "snapshots"))
-	if err != nil {
-		return err
-	}
-	if len(entries) > 0 {
+	if !unused(dir) {
 		return damaged(dir, path, errors.New("it is missing, and there are snapshots"))
 	}
 	return nil
+}
+
+// unused says whether there is no snapshot, nor one that a crash left.
+func unused(dir string) bool {
+	entries, err := os.ReadDir(filepath.Join(dir, "snapshots"))
+	return err == nil && len(entries) == 0
 }
 
 // count adds a byte to a file, which is removed when the metastore has been read, and gives its size.

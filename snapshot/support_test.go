@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -53,7 +54,8 @@ func needsRoot(t testing.TB) {
 // trees are unpacked layers in a directory, which are bind-mounted as if they were loaded lazily: real mounts,
 // without a registry and without EROFS. It is Images and Mounts at once.
 type trees struct {
-	dir string // of one directory for each layer, named by its digest's hex
+	dir   string // of one directory for each layer, named by its digest's hex
+	erofs bool   // mounts an EROFS image of the tree, as the node will
 
 	mu       sync.Mutex
 	answer   func(ctx context.Context, r Request) (Lazy, error) // in place of what is there
@@ -88,6 +90,13 @@ func (l *trees) Mount(_ context.Context, layer digest.Digest, target string) err
 		if err := fail(layer, target); err != nil {
 			return err
 		}
+	}
+	if l.erofs {
+		image := l.tree(layer) + ".erofs"
+		if out, err := exec.Command("mkfs.erofs", "--quiet", image, l.tree(layer)).CombinedOutput(); err != nil {
+			return fmt.Errorf("mkfs.erofs: %w: %s", err, out)
+		}
+		return unix.Mount(image, target, "erofs", unix.MS_RDONLY, "")
 	}
 	if err := unix.Mount(l.tree(layer), target, "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("bind %s: %w", layer, err)
@@ -158,7 +167,7 @@ func (p *pins) Pin(owner string, layers ...digest.Digest) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	held := p.read()[owner]
+	held := p.held(owner)
 	for _, d := range layers {
 		if !slices.Contains(held, d) {
 			held = append(held, d)
@@ -198,17 +207,22 @@ func (p *pins) read() map[string][]digest.Digest {
 		if strings.HasSuffix(e.Name(), ".new") {
 			continue
 		}
-		raw, err := os.ReadFile(filepath.Join(p.dir, e.Name()))
-		if err != nil {
-			panic(err)
-		}
 		owner := strings.ReplaceAll(e.Name(), "+", "/")
-		all[owner] = nil
-		for line := range strings.FieldsSeq(string(raw)) {
-			all[owner] = append(all[owner], digest.Digest(line))
-		}
+		all[owner] = p.held(owner)
 	}
 	return all
+}
+
+func (p *pins) held(owner string) []digest.Digest {
+	raw, err := os.ReadFile(p.path(owner))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		panic(err)
+	}
+	var held []digest.Digest
+	for line := range strings.FieldsSeq(string(raw)) {
+		held = append(held, digest.Digest(line))
+	}
+	return held
 }
 
 // equalise is what a node does with Owners before it goes on.
