@@ -140,15 +140,11 @@ func StartContainerd(ctx context.Context, o ContainerdOptions) (_ *Containerd, e
 	if err != nil {
 		return nil, err
 	}
-<<<<<<< HEAD
-	c := &Containerd{Dir: dir, ctr: filepath.Join(filepath.Dir(program), "ctr")}
-=======
 	// A container in a user namespace has to get to its root file system below.
 	if err := os.Chmod(dir, 0o711); err != nil {
 		return nil, errors.Join(err, os.Remove(dir))
 	}
-	c := &Containerd{Dir: dir, ctr: filepath.Join(filepath.Dir(program), "ctr"), ended: make(chan struct{})}
->>>>>>> snapshot
+	c := &Containerd{Dir: dir, ctr: filepath.Join(filepath.Dir(program), "ctr")}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("containerd %s: %w; its log:\n%s", o.Version, err, c.log.String()), c.Close())
