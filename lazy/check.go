@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"slices"
 	"time"
@@ -16,6 +17,7 @@ import (
 	"accel/lazyfs"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 )
 
 // checkAgain is how long a DiffID that could not be computed waits for another try.
@@ -162,6 +164,7 @@ func VerifyLayer(ctx context.Context, _ digest.Digest, f cache.LayerFiles, has f
 	}
 	defer data.Close() // only read
 	var b []byte
+	var data0 int64 // where content begins again; holes are not worth hashing
 	for i := range table.Len() {
 		if !has(i) {
 			continue
@@ -170,6 +173,15 @@ func VerifyLayer(ctx context.Context, _ digest.Digest, f cache.LayerFiles, has f
 			return nil, err
 		}
 		c := table.At(i)
+		if data0 <= c.DataOffset {
+			if data0, err = unix.Seek(int(data.Fd()), c.DataOffset, unix.SEEK_DATA); err != nil {
+				data0 = math.MaxInt64 // ENXIO: there is none any more
+			}
+		}
+		if data0 >= c.DataOffset+c.Bytes {
+			wrong = append(wrong, i)
+			continue
+		}
 		b = slices.Grow(b[:0], int(c.Bytes))[:c.Bytes]
 		if _, err := data.ReadAt(b, c.DataOffset); err != nil || sha256.Sum256(b) != c.Digest {
 			wrong = append(wrong, i)

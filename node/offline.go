@@ -7,6 +7,7 @@ import (
 	"log/slog"
 
 	"accel/cache"
+	"accel/lazy"
 )
 
 // OfflineOptions describe a node that is stopped.
@@ -21,7 +22,7 @@ type OfflineOptions struct {
 // Offline does something with the store of a stopped node. The error wraps
 // cache.ErrLocked when one is running after all.
 func Offline(ctx context.Context, o OfflineOptions, do func(context.Context, *Contents) error) (err error) {
-	store, err := cache.Open(cache.Options{Dir: storeDir(o.Dir), BudgetBytes: o.BudgetBytes, FreeFloorBytes: o.FreeFloorBytes, Log: o.Log})
+	store, err := cache.Open(cache.Options{Dir: storeDir(o.Dir), BudgetBytes: o.BudgetBytes, FreeFloorBytes: o.FreeFloorBytes, VerifyLayer: lazy.VerifyLayer, Log: o.Log})
 	if err != nil {
 		return fmt.Errorf("node's folder %s: %w", o.Dir, err)
 	}
