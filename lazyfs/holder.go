@@ -114,7 +114,7 @@ func RunHolder(ctx context.Context, o HolderOptions) (err error) {
 	for !h.mayEnd(ctx) || !h.ended(ctx, fuse) {
 	}
 	end()
-	listener.Close()
+	_ = listener.Close() // accept may have
 	serving.Wait()
 	return context.Cause(ctx)
 }
@@ -226,7 +226,7 @@ func (h *holder) stir() {
 func (h *holder) accept(ctx context.Context, l *net.UnixListener) {
 	var serving sync.WaitGroup
 	defer serving.Wait()
-	stop := context.AfterFunc(ctx, func() { l.Close() })
+	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
 	defer stop()
 	for {
 		conn, err := l.Accept()

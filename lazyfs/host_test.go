@@ -513,3 +513,45 @@ func TestManyAtOnce(t *testing.T) {
 		}
 	}
 }
+
+// Kernels before 6.5 cover the old mount with the new one; and a crash may leave one put beneath.
+func TestStackedMounts(t *testing.T) {
+	for name, flags := range map[string]int{"over": 0, "beneath": moveBeneath} {
+		t.Run(name, func(t *testing.T) {
+			im := newSample(16, 5, 1000)
+			b := newBed(t, nil).start(im)
+			target := b.mount(im, "a")
+			l, _ := b.Layer(im.digest)
+			fillAll(t, l, im)
+			fd, err := b.makePlain(l)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(fd)
+			if err := attach(fd, target, flags); err != nil {
+				t.Fatal(err)
+			}
+			stack := stackAt(b.mountsNow(), target)
+			if len(stack) != 2 || stack[0].Lazy != (name == "over") || stack[1].Lazy == stack[0].Lazy {
+				t.Fatalf("%+v", stack)
+			}
+			if err := b.Complete(t.Context(), im.digest); err != nil {
+				t.Fatal(err)
+			}
+			stack = stackAt(b.mountsNow(), target)
+			if top := stack[len(stack)-1]; top.Lazy {
+				t.Errorf("%+v", stack)
+			}
+			if err := im.same(target); err != nil {
+				t.Error(err)
+			}
+			b.unmount(target)
+			if m := b.mountsNow(); len(m) != 0 {
+				t.Errorf("left: %+v", m)
+			}
+			if err := b.Remove(t.Context(), im.digest); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}

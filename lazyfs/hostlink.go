@@ -175,8 +175,9 @@ func (h *Host) links() []*holderLink {
 
 // Holders are the living holders.
 func (h *Host) Holders() []HolderInfo {
-	var infos []HolderInfo
-	for _, l := range h.links() {
+	links := h.links()
+	infos := make([]HolderInfo, 0, len(links))
+	for _, l := range links {
 		info := HolderInfo{Version: l.version, PID: l.pid, Current: l.version == h.o.Version}
 		for _, opens := range l.layers() {
 			info.Layers++
@@ -247,6 +248,9 @@ func (h *Host) holder(ctx context.Context) (*holderLink, error) {
 func (h *Host) startHolder(ctx context.Context, r *run, before []string) (*holderLink, error) {
 	ctx, cancel := context.WithTimeout(ctx, startLimit)
 	defer cancel()
+	if _, err := os.Stat("/dev/fuse"); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrUnsupported, err)
+	}
 	pid, err := h.spawn()
 	if err != nil {
 		return nil, err
@@ -269,6 +273,9 @@ func (h *Host) startHolder(ctx context.Context, r *run, before []string) (*holde
 		var status unix.WaitStatus
 		// A command that starts the holder and ends well is fine.
 		if got, err := unix.Wait4(pid, &status, unix.WNOHANG, nil); err == nil && got == pid && (status.Signaled() || status.ExitStatus() != 0) {
+			h.mu.Lock()
+			delete(h.children, pid)
+			h.mu.Unlock()
 			return nil, fmt.Errorf("it ended (status %d, signal %d): %s", status.ExitStatus(), status.Signal(), h.lastWords(h.o.Version))
 		}
 		select {
@@ -303,5 +310,8 @@ func (h *Host) spawn() (pid int, err error) {
 		return 0, err
 	}
 	pid = process.Pid
+	h.mu.Lock()
+	h.children[pid] = true
+	h.mu.Unlock()
 	return pid, process.Release() // reconnect takes its exit status
 }

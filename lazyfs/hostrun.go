@@ -244,7 +244,7 @@ func (h *Host) reconnect(r *run, name string, open map[digest.Digest]int) {
 	for r.ctx.Err() == nil {
 		if h.dead(name) {
 			h.bury(r, name, open)
-			reap(holderPID(name))
+			h.reap(holderPID(name))
 			return
 		}
 		if _, err := h.connect(r, name); err == nil {
@@ -258,6 +258,16 @@ func (h *Host) reconnect(r *run, name string, open map[digest.Digest]int) {
 }
 
 // reap ends the zombie where the holder was our child.
+func (h *Host) reap(pid int) {
+	h.mu.Lock()
+	ours := h.children[pid]
+	delete(h.children, pid)
+	h.mu.Unlock()
+	if ours {
+		reap(pid)
+	}
+}
+
 func reap(pid int) {
 	for range 100 { // its lock goes a moment before it does
 		got, err := unix.Wait4(pid, nil, unix.WNOHANG, nil)
@@ -277,20 +287,20 @@ func (h *Host) fill(ctx context.Context, r *run, m message) (message, bool) {
 	if m.First < 0 || m.N <= 0 || m.N > l.Len()-m.First {
 		return refuse(fmt.Errorf("layer %s has no chunks %d to %d", m.Digest, m.First, m.First+m.N)), true
 	}
-	for range l.Missing(m.First, m.N) {
-		err := h.o.Filler.Fill(ctx, l, m.First, m.N)
-		if r.ctx.Err() != nil {
-			return message{}, false // we are ending: the reader waits for the next daemon
-		}
-		if err != nil {
-			if ctx.Err() == nil {
-				r.failures.Do(func() {
-					h.o.Log.Error("a read gets EIO", "layer", m.Digest, "chunk", m.First, "chunks", m.N, "error", err)
-				})
-			}
-			return refuse(err), true
-		}
-		break
+	if l.hasAll(m.First, m.N) {
+		return message{}, true
 	}
-	return message{}, true
+	err := h.o.Filler.Fill(ctx, l, m.First, m.N)
+	if r.ctx.Err() != nil {
+		return message{}, false // we are ending: the reader waits for the next daemon
+	}
+	if err == nil {
+		return message{}, true
+	}
+	if ctx.Err() == nil {
+		r.failures.Do(func() {
+			h.o.Log.Error("a read gets EIO", "layer", m.Digest, "chunk", m.First, "chunks", m.N, "error", err)
+		})
+	}
+	return refuse(err), true
 }
