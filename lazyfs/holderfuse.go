@@ -86,13 +86,13 @@ func mountFuse(dir string, s *shelf, log *slog.Logger) (*fuseServer, error) {
 	}
 	options := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other,max_read=%d", dev, maxReadBytes)
 	if err = unix.Mount("accel", dir, "fuse.accel", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_RDONLY, options); err != nil {
-		unix.Close(dev)
+		closeFD(dev)
 		return nil, fmt.Errorf("mount FUSE at %s: %w", dir, err)
 	}
 	f := &fuseServer{dir: dir, dev: dev, shelf: s, log: log, waiting: map[uint64]chan struct{}{}}
 	if err = f.init(); err != nil {
 		f.abort()
-		unix.Close(dev)
+		closeFD(dev)
 		return nil, fmt.Errorf("FUSE handshake: %w", err)
 	}
 	return f, nil
@@ -166,7 +166,7 @@ func (f *fuseServer) finish() {
 	f.mu.Unlock()
 	f.serving.Wait()
 	if f.dev >= 0 {
-		unix.Close(f.dev)
+		closeFD(f.dev)
 		f.dev = -1
 	}
 	f.pipes.close()
@@ -187,7 +187,7 @@ func (f *fuseServer) loop() {
 	for {
 		n, err := f.receive(b)
 		if err != nil {
-			if err != unix.ENODEV && err != unix.ECONNABORTED {
+			if !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ECONNABORTED) {
 				f.log.Error("FUSE device", "error", err)
 			}
 			return

@@ -193,6 +193,6 @@ func (p *pipes) close() {
 }
 
 func (p pipe) close() {
-	unix.Close(p.r)
-	unix.Close(p.w)
+	closeFD(p.r)
+	closeFD(p.w)
 }

@@ -47,15 +47,17 @@ type Filler interface {
 type Host struct {
 	o Options
 
-	// byDigest serialises what is done with a layer's mounts, starting what starts holders.
+	// byDigest serialises what is done with a layer's mounts, starting what is done with a
+	// holder's connection (by name) and the starting of holders ("").
 	byDigest, starting keylock.Mutex
 
-	mu      sync.Mutex
-	layers  map[digest.Digest]*Layer
-	holders map[string]*holderLink // the living, by name
-	running *run                   // nil before Run and after
-	adopted chan struct{}          // closed when Run has found what a former daemon left
-	closed  bool
+	mu       sync.Mutex
+	layers   map[digest.Digest]*Layer
+	holders  map[string]*holderLink // the living, by name
+	children map[int]bool           // the holders that we started, by process ID
+	running  *run                   // nil before Run and after
+	adopted  chan struct{}          // closed when Run has found what a former daemon left
+	closed   bool
 }
 
 // NewHost prepares Dir. Next, Add the layers that may be mounted, then Run.
@@ -81,7 +83,7 @@ func NewHost(o Options) (*Host, error) {
 	if longest := len(dir) + len("/") + len(o.Version) + len("@4194304-7fffffffffffffff/s"); longest > 107 {
 		return nil, fmt.Errorf("%s is too long a path for sockets in it", dir)
 	}
-	return &Host{o: o, layers: map[digest.Digest]*Layer{}, holders: map[string]*holderLink{}, adopted: make(chan struct{})}, nil
+	return &Host{o: o, layers: map[digest.Digest]*Layer{}, holders: map[string]*holderLink{}, children: map[int]bool{}, adopted: make(chan struct{})}, nil
 }
 
 // bitsDir in Dir has the bitmaps.
@@ -170,7 +172,7 @@ func (h *Host) Close() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.closed = true
-	var errs []error
+	errs := make([]error, 0, len(h.layers))
 	for _, l := range h.layers {
 		errs = append(errs, l.close())
 	}

@@ -6,18 +6,13 @@ import (
 	"fmt"
 	"maps"
 	"net"
-	"os"
-	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -175,8 +170,9 @@ func (h *Host) links() []*holderLink {
 
 // Holders are the living holders.
 func (h *Host) Holders() []HolderInfo {
-	var infos []HolderInfo
-	for _, l := range h.links() {
+	links := h.links()
+	infos := make([]HolderInfo, 0, len(links))
+	for _, l := range links {
 		info := HolderInfo{Version: l.version, PID: l.pid, Current: l.version == h.o.Version}
 		for _, opens := range l.layers() {
 			info.Layers++
@@ -205,103 +201,4 @@ func (h *Host) Retire(ctx context.Context) error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// holder is the one that serves new mounts; it is started where there is none.
-func (h *Host) holder(ctx context.Context) (*holderLink, error) {
-	unlock, err := h.starting.Lock(ctx, "")
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
-	h.mu.Lock()
-	r := h.running
-	h.mu.Unlock()
-	if r == nil || r.ctx.Err() != nil {
-		return nil, fmt.Errorf("%w: Run has ended", ErrClosed)
-	}
-	for _, l := range h.links() {
-		if l.version == h.o.Version && l.peer.alive() && !h.dead(l.name) {
-			return l, nil
-		}
-	}
-	names, err := h.holderNames()
-	if err != nil {
-		return nil, err
-	}
-	for _, name := range names { // one that took too long to start
-		if strings.HasPrefix(name, h.o.Version+"@") && !h.dead(name) {
-			if link, err := h.connect(r, name); err == nil {
-				return link, nil
-			}
-		}
-	}
-	link, err := h.startHolder(ctx, r, names)
-	if err != nil {
-		return nil, fmt.Errorf("start holder: %w", err)
-	}
-	return link, nil
-}
-
-// startHolder starts one beside those that are there.
-func (h *Host) startHolder(ctx context.Context, r *run, before []string) (*holderLink, error) {
-	ctx, cancel := context.WithTimeout(ctx, startLimit)
-	defer cancel()
-	pid, err := h.spawn()
-	if err != nil {
-		return nil, err
-	}
-	poll := time.NewTicker(5 * time.Millisecond)
-	defer poll.Stop()
-	for {
-		names, err := h.holderNames()
-		if err != nil {
-			return nil, err
-		}
-		for _, name := range names {
-			if slices.Contains(before, name) || !strings.HasPrefix(name, h.o.Version+"@") {
-				continue
-			}
-			if link, err := h.connect(r, name); err == nil { // else it does not listen yet
-				return link, nil
-			}
-		}
-		var status unix.WaitStatus
-		// A command that starts the holder and ends well is fine.
-		if got, err := unix.Wait4(pid, &status, unix.WNOHANG, nil); err == nil && got == pid && (status.Signaled() || status.ExitStatus() != 0) {
-			return nil, fmt.Errorf("it ended (status %d, signal %d): %s", status.ExitStatus(), status.Signal(), h.lastWords(h.o.Version))
-		}
-		select {
-		case <-poll.C:
-		case <-ctx.Done():
-			return nil, fmt.Errorf("%w: %s", context.Cause(ctx), h.lastWords(h.o.Version))
-		}
-	}
-}
-
-// spawn starts Options.Holder in a session of its own. Its output goes to a file: a
-// pipe would break with us.
-func (h *Host) spawn() (pid int, err error) {
-	path, err := exec.LookPath(h.o.Holder[0])
-	if err != nil {
-		return 0, err
-	}
-	null, err := os.Open(os.DevNull)
-	if err != nil {
-		return 0, err
-	}
-	defer null.Close()
-	log, err := os.OpenFile(h.logPath(h.o.Version), os.O_CREATE|os.O_WRONLY|os.O_TRUNC|os.O_APPEND, 0o600)
-	if err != nil {
-		return 0, err
-	}
-	defer log.Close()
-	process, err := os.StartProcess(path, h.o.Holder, &os.ProcAttr{
-		Dir: "/", Files: []*os.File{null, log, log}, Sys: &syscall.SysProcAttr{Setsid: true},
-	})
-	if err != nil {
-		return 0, err
-	}
-	pid = process.Pid
-	return pid, process.Release() // reconnect takes its exit status
 }

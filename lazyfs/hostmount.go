@@ -63,7 +63,7 @@ func (h *Host) Mount(ctx context.Context, d digest.Digest, target string) error 
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd)
+	defer closeFD(fd)
 	if err = put(fd); err == nil && lazy {
 		h.readAhead(target)
 	}
@@ -123,7 +123,7 @@ func sysfsName(path string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer unix.Close(fd)
+	defer closeFD(fd)
 	var name struct {
 		length uint8
 		bytes  [128]byte
@@ -165,11 +165,11 @@ func (h *Host) Unmount(ctx context.Context, target string) error {
 	}
 	done := make(chan error, 1)
 	go func() { // ends with the last read
-		var errs []error
+		var err error
 		for range stackAt(mounts, target) {
-			errs = append(errs, detach(target))
+			err = errors.Join(err, detach(target))
 		}
-		done <- errors.Join(errs...)
+		done <- err
 	}()
 	select {
 	case err = <-done:
@@ -229,6 +229,6 @@ func (h *Host) complete(l *Layer, target string, stack []MountInfo) error {
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd)
+	defer closeFD(fd)
 	return replace(fd, target)
 }

@@ -159,76 +159,6 @@ func (h *Host) alive(name string) bool {
 	return link != nil && link.peer.alive() || !h.dead(name)
 }
 
-// bury clears away what a dead holder left, and tells whose mounts died with it.
-func (h *Host) bury(r *run, name string, open map[digest.Digest]int) {
-	dir := filepath.Join(h.o.Dir, name)
-	mounts, _, err := mountsOf(context.Background(), h.o.Dir)
-	if err != nil {
-		h.o.Log.Error("list mounts", "error", err)
-	}
-	died := map[digest.Digest]bool{}
-	for _, m := range mounts {
-		if m.holder == name {
-			died[m.Digest] = true
-		}
-	}
-	for d, opens := range open { // in places that we do not see, such as a container's
-		if opens > 0 {
-			died[d] = true
-		}
-	}
-	err = unix.Unmount(filepath.Join(dir, holderFuse), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
-	switch {
-	case err == nil || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT): // EINVAL: not mounted
-		if err = os.RemoveAll(dir); err != nil {
-			h.o.Log.Warn("remove a dead holder's directory", "error", err)
-		}
-	default:
-		h.o.Log.Error("unmount a dead holder's FUSE", "holder", name, "error", err)
-	}
-	if err = os.RemoveAll(filepath.Join(h.o.Dir, sourcesDir, name)); err != nil {
-		h.o.Log.Warn("remove", "error", err)
-	}
-	if len(died) == 0 {
-		return
-	}
-	version, _, _ := strings.Cut(name, "@")
-	h.o.Log.Error("a holder died, its mounts give errors", "holder", name, "layers", len(died), "log", h.lastWords(version))
-	if h.o.HolderDied != nil {
-		digests := make([]digest.Digest, 0, len(died))
-		for d := range died {
-			digests = append(digests, d)
-		}
-		slices.Sort(digests)
-		r.working.Go(func() {
-			select { // it may want to mount
-			case <-h.adopted:
-				h.o.HolderDied(digests)
-			case <-r.ctx.Done():
-			}
-		})
-	}
-}
-
-// lastWords is the end of what a holder said.
-func (h *Host) lastWords(version string) string {
-	const most = 2 << 10
-	f, err := os.Open(h.logPath(version))
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	b := make([]byte, most)
-	from := int64(0)
-	if info, err := f.Stat(); err == nil {
-		from = max(0, info.Size()-most)
-	}
-	n, _ := f.ReadAt(b, from) // io.EOF: it is shorter
-	return strings.TrimSpace(string(b[:n]))
-}
-
-func (h *Host) logPath(version string) string { return filepath.Join(h.o.Dir, version+".log") }
-
 // left is called when the connection to a holder has ended by itself.
 func (h *Host) left(r *run, link *holderLink) {
 	h.mu.Lock()
@@ -244,7 +174,7 @@ func (h *Host) reconnect(r *run, name string, open map[digest.Digest]int) {
 	for r.ctx.Err() == nil {
 		if h.dead(name) {
 			h.bury(r, name, open)
-			reap(holderPID(name))
+			h.reap(holderPID(name))
 			return
 		}
 		if _, err := h.connect(r, name); err == nil {
@@ -258,6 +188,16 @@ func (h *Host) reconnect(r *run, name string, open map[digest.Digest]int) {
 }
 
 // reap ends the zombie where the holder was our child.
+func (h *Host) reap(pid int) {
+	h.mu.Lock()
+	ours := h.children[pid]
+	delete(h.children, pid)
+	h.mu.Unlock()
+	if ours {
+		reap(pid)
+	}
+}
+
 func reap(pid int) {
 	for range 100 { // its lock goes a moment before it does
 		got, err := unix.Wait4(pid, nil, unix.WNOHANG, nil)
@@ -277,20 +217,20 @@ func (h *Host) fill(ctx context.Context, r *run, m message) (message, bool) {
 	if m.First < 0 || m.N <= 0 || m.N > l.Len()-m.First {
 		return refuse(fmt.Errorf("layer %s has no chunks %d to %d", m.Digest, m.First, m.First+m.N)), true
 	}
-	for range l.Missing(m.First, m.N) {
-		err := h.o.Filler.Fill(ctx, l, m.First, m.N)
-		if r.ctx.Err() != nil {
-			return message{}, false // we are ending: the reader waits for the next daemon
-		}
-		if err != nil {
-			if ctx.Err() == nil {
-				r.failures.Do(func() {
-					h.o.Log.Error("a read gets EIO", "layer", m.Digest, "chunk", m.First, "chunks", m.N, "error", err)
-				})
-			}
-			return refuse(err), true
-		}
-		break
+	if l.hasAll(m.First, m.N) {
+		return message{}, true
 	}
-	return message{}, true
+	err := h.o.Filler.Fill(ctx, l, m.First, m.N)
+	if r.ctx.Err() != nil {
+		return message{}, false // we are ending: the reader waits for the next daemon
+	}
+	if err == nil {
+		return message{}, true
+	}
+	if ctx.Err() == nil {
+		r.failures.Do(func() {
+			h.o.Log.Error("a read gets EIO", "layer", m.Digest, "chunk", m.First, "chunks", m.N, "error", err)
+		})
+	}
+	return refuse(err), true
 }

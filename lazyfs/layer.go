@@ -140,6 +140,13 @@ func (l *Layer) Has(i int) bool {
 	return l.check(i) == nil && l.bitmap.has(i)
 }
 
+// hasAll reports whether chunks [first, first+n), which exist, are all there.
+func (l *Layer) hasAll(first, n int) bool {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	return !l.closed && l.bitmap.missing(first, first+n) == first+n
+}
+
 // Missing is the runs (first chunk, how many) among chunks [first, first+n) that are not there.
 func (l *Layer) Missing(first, n int) iter.Seq2[int, int] {
 	return func(yield func(int, int) bool) {

@@ -122,7 +122,7 @@ func createBitmap(path string, header []byte, chunks int) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(file.Name()) // gone already when renamed
+	defer func() { _ = os.Remove(file.Name()) }() // gone already when renamed
 	defer file.Close()
 	if err = unix.Fallocate(int(file.Fd()), 0, 0, bitmapBytes(chunks)); err != nil {
 		return err

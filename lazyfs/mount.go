@@ -69,7 +69,7 @@ func newEROFS(source, meta, data string, lazy bool) (int, error) {
 		}
 		return -1, err
 	}
-	defer unix.Close(fs)
+	defer closeFD(fs)
 	if err = unix.FsconfigSetString(fs, "source", source); err == nil {
 		err = unix.FsconfigSetFlag(fs, "ro")
 	}
@@ -228,3 +228,6 @@ func depth(stack []MountInfo, m MountInfo) int {
 	}
 	return n
 }
+
+// closeFD is for descriptors whose closing cannot fail in a way that matters.
+func closeFD(fd int) { _ = unix.Close(fd) }

@@ -112,7 +112,7 @@ func (p *peer) close() {
 	if !p.closed {
 		p.closed = true
 		close(p.gone)
-		p.conn.Close()
+		_ = p.conn.Close() // nothing is owed to the other side
 	}
 }
 
