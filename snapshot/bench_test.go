@@ -55,7 +55,7 @@ func benchBed(b *testing.B, images int) (*Snapshotter, Options, []string) {
 
 // BenchmarkLayer is the answer for a layer, and its removal; with bind mounts.
 func BenchmarkLayer(b *testing.B) {
-	s, o, _ := benchBed(b, 100)
+	s, o, _ := benchBed(b, 20)
 	image := []digest.Digest{o.Mounts.(*trees).add(b, map[string]string{"f": "one more"})}
 	for b.Loop() {
 		if _, err := s.Prepare(b.Context(), "extract", "", snapshots.WithLabels(labelsOf("r", image, 0))); !errdefs.IsAlreadyExists(err) {
@@ -69,7 +69,7 @@ func BenchmarkLayer(b *testing.B) {
 
 // BenchmarkContainer is the snapshot of a container on ten lazy layers, and its removal.
 func BenchmarkContainer(b *testing.B) {
-	s, _, tops := benchBed(b, 100)
+	s, _, tops := benchBed(b, 20)
 	for b.Loop() {
 		if _, err := s.Prepare(b.Context(), "container", tops[0]); err != nil {
 			b.Fatal(err)
@@ -80,9 +80,9 @@ func BenchmarkContainer(b *testing.B) {
 	}
 }
 
-// BenchmarkStart is a daemon's start among a thousand layers that are mounted.
+// BenchmarkStart is a daemon's start among two hundred layers that are mounted.
 func BenchmarkStart(b *testing.B) {
-	s, o, _ := benchBed(b, 100)
+	s, o, _ := benchBed(b, 20)
 	for b.Loop() {
 		if err := s.Close(); err != nil {
 			b.Fatal(err)
@@ -98,9 +98,9 @@ func BenchmarkStart(b *testing.B) {
 	}
 }
 
-// BenchmarkSought is how containerd looks for a snapshot that is said to be there, among a thousand.
+// BenchmarkSought is how containerd looks for a snapshot that is said to be there, among two hundred.
 func BenchmarkSought(b *testing.B) {
-	s, _, tops := benchBed(b, 100)
+	s, _, tops := benchBed(b, 20)
 	top, err := s.Stat(b.Context(), tops[0])
 	if err != nil {
 		b.Fatal(err)

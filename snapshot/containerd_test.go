@@ -140,7 +140,7 @@ func newNode(t *testing.T, version string, extra string, change ...func(*Options
 	program, err := tool()
 	n.check(err)
 	pause := n.push("pause:1", map[string]string{"pause": string(program)})
-	n.containerd, err = testbed.StartContainerd(n.ctx, testbed.ContainerdOptions{Version: version, SandboxImage: pause, Extra: setup(version, n.socket(), n.Snapshotter.o.Dir) + extra})
+	n.containerd, err = testbed.StartContainerd(n.ctx, testbed.ContainerdOptions{Version: version, SandboxImage: pause, Extra: setup(version, n.socket(), n.o.Dir) + extra})
 	n.check(err)
 	t.Cleanup(func() {
 		if t.Failed() {

@@ -96,7 +96,7 @@ func TestDeclined(t *testing.T) {
 			b.layers.mount = func(digest.Digest, string) error { return broken }
 		}},
 		{"mount does nothing", CauseMount, func(b *bed, labels map[string]string) {
-			b.Snapshotter.o.Mounts = noMounts{}
+			b.o.Mounts = noMounts{}
 		}},
 		{"pin fails", CauseMount, func(b *bed, _ map[string]string) {
 			b.pins.fail = func(string) error { return broken }

@@ -30,7 +30,8 @@ func (s *Snapshotter) Restore(ctx context.Context) error {
 	defer cancel()
 	began := time.Now()
 	unanswered, err := s.unanswered(ctx)
-	errs := []error{err}
+	errs := make([]error, 0, len(unanswered)+2)
+	errs = append(errs, err)
 	for _, key := range unanswered {
 		errs = append(errs, s.Remove(ctx, key))
 	}
