@@ -11,11 +11,7 @@ import (
 
 	"accel/install"
 
-	version "github.com/containerd/containerd/api/services/version/v1"
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/protobuf/types/known/emptypb"
 )
 
 // containerd looks at the daemon, at what its configuration says of registries, and at
@@ -23,7 +19,7 @@ import (
 func (o *Options) containerd(ctx context.Context) []Finding {
 	var found []Finding
 	running, err := o.containerdVersion(ctx)
-	conf, confErr := install.ReadContainerd(o.Root, o.ContainerdConfig)
+	conf, confErr := install.ReadContainerd(o.Root, o.ContainerdConfig, running)
 	plan, planErr := o.plan()
 	there := slices.DeleteFunc(slices.Clone(plan), func(c install.Change) bool { return c.Action == install.Create })
 	switch {
@@ -42,7 +38,7 @@ func (o *Options) containerd(ctx context.Context) []Finding {
 	}
 	if confErr != nil {
 		found = append(found, fail("containerd", confErr.Error(), "mend the file; `containerd config dump` says what containerd makes of it"))
-	} else if problem, mend := conf.Problem(o.Install.ConfigDir, running); problem != "" {
+	} else if problem, mend := conf.Problem(o.Install.ConfigDir); problem != "" {
 		found = append(found, fail("containerd", problem, mend))
 	} else {
 		found = append(found, ok("containerd", "looks for hosts.toml files in "+conf.ConfigPath))
@@ -64,22 +60,13 @@ func (o *Options) containerdVersion(ctx context.Context) (string, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, o.Patience)
 	defer cancel()
-	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		return "", err
-	}
-	defer func() { _ = conn.Close() }()
-	answer, err := version.NewVersionClient(conn).Version(ctx, &emptypb.Empty{})
-	if err != nil {
-		return "", err
-	}
-	return answer.Version, nil
+	return install.ContainerdVersion(ctx, socket)
 }
 
 // plan is what an installation would do to hosts.toml files.
 func (o *Options) plan() ([]install.Change, error) {
 	wanted := o.Install
-	wanted.Root, wanted.Unit = o.Root, nil
+	wanted.Root, wanted.Unit, wanted.Snapshotter = o.Root, nil, nil
 	return install.Plan(wanted)
 }
 

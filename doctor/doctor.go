@@ -1,6 +1,6 @@
 // Package doctor examines a machine that runs, or is to run, a node: kernel, containerd and
-// its hosts.toml files, disk, registries, server, clock, and the daemon itself. Each finding
-// says how to mend it. It changes nothing.
+// its hosts.toml files, disk, registries, server, clock, the daemon itself, and what lazy mounts
+// need. Each finding says how to mend it. It changes nothing.
 package doctor
 
 import (
@@ -23,12 +23,12 @@ type Level string
 const (
 	OK   Level = "ok"
 	Warn Level = "warn" // it works, but not all of it, or not for long
-	Fail Level = "fail" // pulls do not go through the node, or the node cannot run
+	Fail Level = "fail" // pulls do not go through the node, the node cannot run, or containers cannot start
 )
 
 // Finding is one thing that was looked at.
 type Finding struct {
-	Area   string `json:"area"` // kernel, containerd, hosts.toml, disk, registry, server, clock, node
+	Area   string `json:"area"` // kernel, containerd, hosts.toml, disk, registry, server, clock, node, lazy
 	Level  Level  `json:"level"`
 	Detail string `json:"detail"`
 	Mend   string `json:"mend,omitempty"` // what to do about it; empty when OK
@@ -38,8 +38,15 @@ type Finding struct {
 type Options struct {
 	// Root stands for /; other than empty in tests only.
 	Root string
-	// Install is the installation as it should be; its Unit is not looked at.
+	// Install is the installation as it should be; its Unit is not looked at. Without a
+	// Snapshotter images are not mounted lazily, and what that needs is not looked at either.
 	Install install.Options
+	// Lazy: images may be mounted lazily.
+	Lazy bool
+	// RuntimeDir is the folder of the process that serves lazy mounts.
+	RuntimeDir string
+	// KeysFile has public keys whose mappings are believed; empty: none.
+	KeysFile string
 	// ContainerdConfig and ContainerdSocket are containerd's.
 	ContainerdConfig, ContainerdSocket string
 	// Dir is the node's folder, with the bounds of its store.
@@ -70,7 +77,7 @@ func Examine(ctx context.Context, o Options) []Finding {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	parts := []func(context.Context) []Finding{o.kernel, o.containerd, o.disk, o.daemon, o.registries, o.server, o.clock}
+	parts := []func(context.Context) []Finding{o.kernel, o.containerd, o.disk, o.daemon, o.lazy, o.registries, o.server, o.clock}
 	found := make([][]Finding, len(parts))
 	var wg sync.WaitGroup
 	for i, examine := range parts {

@@ -37,11 +37,11 @@ func TestContainerdsConfiguration(t *testing.T) {
 				b.write(DefaultContainerdConfig, c.text)
 			}
 			b.write("/etc/containerd/conf.d/accel.toml", "version = 3\n"+cri3+"config_path = '/etc/containerd/certs.d'\n")
-			got, err := ReadContainerd(b.o.Root, DefaultContainerdConfig)
+			got, err := ReadContainerd(b.o.Root, DefaultContainerdConfig, c.version)
 			if err != nil {
 				t.Fatal(err)
 			}
-			problem, mend := got.Problem(dir, c.version)
+			problem, mend := got.Problem(dir)
 			if (problem == "") != (c.says == "") || !strings.Contains(problem, c.says) || !strings.Contains(mend, c.mend) {
 				t.Errorf("says %q, mend with %q; want %q and %q", problem, mend, c.says, c.mend)
 			}
@@ -49,7 +49,7 @@ func TestContainerdsConfiguration(t *testing.T) {
 	}
 	b := newBed(t)
 	b.write(DefaultContainerdConfig, "version = [")
-	if _, err := ReadContainerd(b.o.Root, DefaultContainerdConfig); err == nil {
+	if _, err := ReadContainerd(b.o.Root, DefaultContainerdConfig, ""); err == nil {
 		t.Error("a broken file is no error")
 	}
 }

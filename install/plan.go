@@ -34,6 +34,13 @@ type Options struct {
 	Everything bool
 	// Unit describes the systemd unit; nil: none is written.
 	Unit *Unit
+	// Snapshotter makes containerd mount images by way of the node; nil: that is left as it is.
+	Snapshotter *Snapshotter
+	// ContainerdConfig is containerd's configuration file: DefaultContainerdConfig where empty.
+	ContainerdConfig string
+	// ContainerdVersion is containerd's own ("1.6.20", "2.4.2"); empty: the format of its
+	// configuration tells.
+	ContainerdVersion string
 }
 
 // DefaultConfigDir is containerd's usual folder of hosts.toml files.
@@ -97,21 +104,30 @@ func Plan(o Options) ([]Change, error) {
 		}
 		plan = append(plan, c)
 	}
+	if o.Snapshotter != nil {
+		changes, err := o.planSnapshotter()
+		if err != nil {
+			return nil, err
+		}
+		plan = append(plan, changes...)
+	}
 	return plan, nil
 }
 
 // PlanRemoval says what an uninstallation takes away: all that is ours below
-// o.Root, and nothing else. Of o, Root and ConfigDir count.
+// o.Root, and nothing else. Of o, Root, ConfigDir and ContainerdConfig count.
 func PlanRemoval(o Options) ([]Change, error) {
-	if o.ConfigDir == "" {
-		o.ConfigDir = DefaultConfigDir
-	}
+	o.defaults()
 	paths, err := o.hostsFiles()
 	if err != nil {
 		return nil, err
 	}
+	dropIns := []string{filepath.Join(o.Root, DefaultDropInDir, dropInFile)}
+	if c, err := ReadContainerd(o.Root, o.ContainerdConfig, o.ContainerdVersion); err == nil { // a broken one imports nothing
+		dropIns = c.dropInPaths()
+	}
 	var plan []Change
-	for _, path := range append(paths, filepath.Join(o.Root, UnitPath)) {
+	for _, path := range slices.Concat(paths, []string{filepath.Join(o.Root, UnitPath)}, dropIns) {
 		f, err := look(path)
 		if err != nil {
 			return nil, err
@@ -136,15 +152,32 @@ func Conflicts(plan []Change) (n int) {
 	return n
 }
 
-func (o *Options) finish() error {
+// Changed: a plan writes or removes a file of a kind.
+func Changed(plan []Change, kind func(Change) bool) bool {
+	return slices.ContainsFunc(plan, func(c Change) bool {
+		return kind(c) && (c.Action == Create || c.Action == Update || c.Action == Remove)
+	})
+}
+
+func (o *Options) defaults() {
 	if o.ConfigDir == "" {
 		o.ConfigDir = DefaultConfigDir
 	}
+	if o.ContainerdConfig == "" {
+		o.ContainerdConfig = DefaultContainerdConfig
+	}
+}
+
+func (o *Options) finish() error {
+	o.defaults()
 	if !filepath.IsAbs(o.ConfigDir) {
 		return fmt.Errorf("%w: containerd's folder %q: want an absolute path", accel.ErrInvalid, o.ConfigDir)
 	}
 	if !strings.HasPrefix(o.Mirror, "http://") && !strings.HasPrefix(o.Mirror, "https://") {
 		return fmt.Errorf("%w: mirror %q: want http://HOST:PORT", accel.ErrInvalid, o.Mirror)
+	}
+	if s := o.Snapshotter; s != nil && (!filepath.IsAbs(s.Socket) || !filepath.IsAbs(s.Root)) {
+		return fmt.Errorf("%w: snapshotter at %q with snapshots in %q: want absolute paths", accel.ErrInvalid, s.Socket, s.Root)
 	}
 	if len(o.Registries) == 0 && !o.Everything {
 		return fmt.Errorf("%w: no registry is configured, so no pull would go to the node", accel.ErrInvalid)

@@ -20,6 +20,10 @@ type Unit struct {
 // once, but containerd does not need it: what the node does not answer is fetched from
 // the registry. It does not wait for the network, which would hold containerd up. The
 // node tells systemd when it listens (Type=notify).
+//
+// The process that serves lazy mounts is a child of the daemon in a session of its own, and
+// stays in the unit's control group. That it outlives the daemon takes KillMode=process; a
+// scope of its own would take a bus to ask for it, which is not there in every machine.
 func (u *Unit) content() string {
 	command := unitWord(u.Binary) + " node"
 	if u.ConfigFile != "" {
@@ -27,12 +31,18 @@ func (u *Unit) content() string {
 	}
 	runtime := ""
 	if u.RuntimeDir != "" {
-		runtime = "RuntimeDirectory=" + u.RuntimeDir + "\nRuntimeDirectoryMode=0700\n"
+		runtime = `# Lazy mounts lie in it, which outlive the daemon.
+RuntimeDirectory=` + u.RuntimeDir + `
+RuntimeDirectoryPreserve=yes
+RuntimeDirectoryMode=0700
+`
 	}
 	return fmt.Sprintf(`[Unit]
 Description=accel node: container images from a cache on this machine
 After=network.target
 Before=containerd.service
+# Containers read by way of the node: it is started again however often it ends.
+StartLimitIntervalSec=0
 
 [Service]
 Type=notify
@@ -41,10 +51,16 @@ Restart=always
 RestartSec=1
 TimeoutStartSec=60
 TimeoutStopSec=30
-KillMode=mixed
+# Only the daemon is stopped. The process that serves lazy mounts lives on, and with it the
+# containers; the next daemon finds it. (By hand: systemctl kill --kill-whom=main.)
+KillMode=process
+# When one of the two runs out of memory, the other is not stopped for it.
+OOMPolicy=continue
+OOMScoreAdjust=-900
 %sUMask=0077
 LimitNOFILE=1048576
-OOMScoreAdjust=-900
+# No Private...=, Protect...=, ReadWritePaths= and the like: with any of them the daemon has a mount
+# namespace of its own, and containerd does not see what it mounts.
 
 [Install]
 WantedBy=multi-user.target

@@ -22,11 +22,13 @@ func newDoctor(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "doctor", Short: "Examine this machine and its node, and say how to mend what is wrong", Args: noArgs,
 		Long: `Looks at the kernel, containerd and its configuration, hosts.toml files, the disk, the
-daemon, the configured registries, the server and the clock, and changes nothing. Exit
-codes: 0 nothing fails (there may be warnings), 1 something fails, 2 wrong usage.`,
+daemon, what lazy mounts need, the configured registries, the server and the clock, and
+changes nothing. Exit codes: 0 nothing fails (there may be warnings), 1 something fails,
+2 wrong usage.`,
 		Example: "  accel doctor\n  accel doctor --config /etc/accel/node.yaml -o json",
 	}
-	flags := bindNode(cmd.Flags(), "data", "socket", "listen", "registries", "server.url", "server.token_file", "containerd.config", "containerd.config_dir", "containerd.socket", "containerd.all")
+	flags := bindNode(cmd.Flags(), "data", "socket", "listen", "registries", "server.url", "server.token_file", "containerd.config", "containerd.config_dir", "containerd.socket", "containerd.all",
+		"lazy", "snapshotter.socket", "snapshotter.runtime", "snapshotter.keys")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		conf, err := g.loadNode(cmd, flags)
 		if err != nil {
@@ -63,6 +65,8 @@ func (c *nodeConfig) examination() (doctor.Options, error) {
 		Dir: c.Data, BudgetBytes: int64(c.Cache.Budget), FreeFloorBytes: int64(c.Cache.FreeFloor),
 		Server: c.Server.URL, NodeName: c.Name, Patience: doctorPatience,
 	}
+	o.Install.Snapshotter = c.remoteSnapshotter()
+	o.Lazy, o.RuntimeDir, o.KeysFile = c.Lazy == "on", c.Snapshotter.Runtime, c.Snapshotter.Keys
 	var err error
 	if o.Registries, err = registryHosts(c.Registries); err != nil {
 		return o, err

@@ -95,7 +95,7 @@ func TestInstallByCommand(t *testing.T) {
 	for _, want := range []install.Action{install.Create, install.Keep} {
 		code, out, said = accelRun(t, "node", "install", "--root", root, "--config", file, "--binary", "/usr/bin/accel", "-o", "json")
 		var done installed
-		if err := json.Unmarshal([]byte(out), &done); err != nil || code != exitOK || len(done.Changes) != 2 || done.Changes[0].Action != want {
+		if err := json.Unmarshal([]byte(out), &done); err != nil || code != exitOK || len(done.Changes) != 3 || done.Changes[0].Action != want {
 			t.Fatalf("exit %d, %s%s (%v)", code, out, said, err)
 		}
 	}
