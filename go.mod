@@ -40,6 +40,8 @@ require (
 	k8s.io/cri-api v0.37.1
 )
 
+require github.com/containerd/errdefs/pkg v0.3.0 // indirect
+
 require (
 	cloud.google.com/go/compute/metadata v0.9.0 // indirect
 	github.com/Azure/azure-sdk-for-go v68.0.0+incompatible // indirect

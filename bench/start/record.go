@@ -1,0 +1,147 @@
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"unsafe"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sys/unix"
+)
+
+// record starts the plain image once and gives the files that were opened or read until
+// its program answered, in the order of their first use.
+func (b *bed) record(ctx context.Context, image string, src v1.Image) (files []string, err error) {
+	cfg, err := src.ConfigFile()
+	if err != nil {
+		return nil, err
+	}
+	h, err := b.startHost(ctx, overlayfs)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, h.close()) }()
+	reference := b.reference(image, plainForm)
+	if err := h.pull(ctx, reference); err != nil {
+		return nil, err
+	}
+	// Mounted first and told to containerd as a root that is there already, so that the
+	// whole start can be watched.
+	root := filepath.Join(h.containerd.Dir, "watched")
+	if err := os.Mkdir(root, 0o755); err != nil {
+		return nil, err
+	}
+	if _, err := h.containerd.Ctr(ctx, "images", "mount", "--rw", reference, root); err != nil {
+		return nil, err
+	}
+	w, err := watch(root)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, w.close()) }()
+	args := []string{"run", "--detach", "--null-io", "--net-host", "--rootfs"}
+	for _, e := range cfg.Config.Env {
+		args = append(args, "--env", e)
+	}
+	if _, err := h.containerd.Ctr(ctx, append(append(args, root, "recorded"), cfg.Config.Cmd...)...); err != nil {
+		return nil, err
+	}
+	if err := h.untilAnswers(ctx, "recorded"); err != nil {
+		return nil, err
+	}
+	return w.stop()
+}
+
+// watcher notes the first use of every file of a mounted file system.
+type watcher struct {
+	notify *os.File
+	root   string
+	done   chan error
+	files  []string
+	seen   map[string]bool
+}
+
+func watch(root string) (*watcher, error) {
+	fd, err := unix.FanotifyInit(unix.FAN_CLASS_NOTIF|unix.FAN_CLOEXEC|unix.FAN_NONBLOCK|unix.FAN_UNLIMITED_QUEUE, unix.O_RDONLY|unix.O_LARGEFILE|unix.O_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("fanotify: %w", err)
+	}
+	w := &watcher{notify: os.NewFile(uintptr(fd), "fanotify"), root: root, done: make(chan error, 1), seen: map[string]bool{}}
+	// Of the file system, not of the mount: the container has a mount of its own.
+	if err := unix.FanotifyMark(fd, unix.FAN_MARK_ADD|unix.FAN_MARK_FILESYSTEM, unix.FAN_OPEN|unix.FAN_ACCESS|unix.FAN_OPEN_EXEC, unix.AT_FDCWD, root); err != nil {
+		return nil, errors.Join(fmt.Errorf("fanotify of %s: %w", root, err), w.notify.Close())
+	}
+	go func() { w.done <- w.read() }()
+	return w, nil
+}
+
+// stop gives the files.
+func (w *watcher) stop() ([]string, error) {
+	if err := w.close(); err != nil {
+		return nil, err
+	}
+	return w.files, nil
+}
+
+// close may be called again.
+func (w *watcher) close() error {
+	if w.notify == nil {
+		return nil
+	}
+	err := w.notify.Close()
+	w.notify = nil
+	return errors.Join(err, <-w.done)
+}
+
+// read takes events until the watcher is closed.
+func (w *watcher) read() error {
+	notify := w.notify
+	buffer := make([]byte, 64<<10)
+	for {
+		n, err := notify.Read(buffer)
+		if errors.Is(err, os.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read fanotify: %w", err)
+		}
+		for rest := buffer[:n]; len(rest) > 0; {
+			// struct fanotify_event_metadata: length at 0, the file's descriptor at 16.
+			length, fd := binary.NativeEndian.Uint32(rest), int(int32(binary.NativeEndian.Uint32(rest[16:])))
+			if length < uint32(unsafe.Sizeof(unix.FanotifyEventMetadata{})) || int(length) > len(rest) {
+				return fmt.Errorf("fanotify: an event of %d bytes", length)
+			}
+			rest = rest[length:]
+			if fd < 0 {
+				return errors.New("fanotify: events were lost")
+			}
+			if err := errors.Join(w.note(fd), unix.Close(fd)); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// note takes in a regular file. The container's own view of it has the path in the
+// image; the runtime's, before it has changed its root, has that of the mount before it.
+func (w *watcher) note(fd int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return err
+	}
+	path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+	if err != nil {
+		return err
+	}
+	name := cleanName(strings.TrimPrefix(path, w.root))
+	if !w.seen[name] && !strings.HasSuffix(path, " (deleted)") {
+		w.seen[name] = true
+		w.files = append(w.files, name)
+	}
+	return nil
+}
