@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"strconv"
 	"time"
 
 	"accel/internal/testbed"
@@ -14,67 +15,74 @@ import (
 	"github.com/klauspost/compress/gzip"
 )
 
-// hotSet is what a start was recorded to read, as whole files, and how fast one core
-// inflates it.
+// hotSet is what a start was recorded to read, and how fast one core inflates it.
 type hotSet struct {
-	compressedBytes, bytes int64
-	inflateBytesPerSecond  float64
+	bytes                 int64
+	compression           float64 // compressed bytes for each, in the files that they are of
+	inflateBytesPerSecond float64
 }
 
-// measureHot takes it from an optimised image: what lies in front of the landmarks.
-func measureHot(img v1.Image) (hotSet, error) {
-	var hot hotSet
+// measureHot takes it from an optimised image: the files lie in front of the
+// landmarks.
+func measureHot(img v1.Image) (hot hotSet, err error) {
+	m, err := img.Manifest()
+	if err != nil {
+		return hot, err
+	}
+	if hot.bytes, err = strconv.ParseInt(m.Annotations[readAnnotation], 10, 64); err != nil {
+		return hot, fmt.Errorf("annotation %s: %w", readAnnotation, err)
+	}
 	layers, err := img.Layers()
 	if err != nil {
 		return hot, err
 	}
 	var took time.Duration
+	var inFront, plain int64
 	for _, l := range layers {
 		file, size, err := toFile(l, "")
 		if err != nil {
 			return hot, err
 		}
-		begin := time.Now()
-		compressed, plain, err := inflateHot(file, size)
-		took += time.Since(begin)
+		from, to, spent, err := inflateHot(file, size)
 		if err := errors.Join(err, file.Close()); err != nil {
 			return hot, err
 		}
-		hot.compressedBytes += compressed
-		hot.bytes += plain
+		inFront, plain, took = inFront+from, plain+to, took+spent
 	}
-	if hot.bytes > 0 {
-		hot.inflateBytesPerSecond = float64(hot.bytes) / took.Seconds()
+	if plain == 0 {
+		return hot, errors.New("an optimised image has nothing in front")
 	}
+	hot.compression = float64(inFront) / float64(plain)
+	hot.inflateBytesPerSecond = float64(plain) / took.Seconds()
 	return hot, nil
 }
 
-func inflateHot(file io.ReaderAt, size int64) (compressed, plain int64, err error) {
+// inflateHot inflates what lies in front of a layer's landmark.
+func inflateHot(file io.ReaderAt, size int64) (compressed, plain int64, took time.Duration, err error) {
 	r, err := estargz.Open(io.NewSectionReader(file, 0, size))
 	if err != nil {
-		return 0, 0, err
+		return 0, 0, 0, err
 	}
 	mark, ok := r.Lookup(estargz.PrefetchLandmark)
-	if !ok { // a layer of which nothing was read
-		return 0, 0, nil
+	if !ok || mark.Offset == 0 { // a layer of which nothing was read
+		return 0, 0, 0, nil
 	}
+	begin := time.Now()
 	zr, err := gzip.NewReader(io.NewSectionReader(file, 0, mark.Offset))
-	if errors.Is(err, io.EOF) {
-		return 0, 0, nil
-	}
 	if err != nil {
-		return 0, 0, err
+		return 0, 0, 0, err
 	}
 	plain, err = io.Copy(io.Discard, zr)
-	return mark.Offset, plain, err
+	return mark.Offset, plain, time.Since(begin), err
 }
 
 // lowerBound is the least that a start takes over a network, by the formula of
 // docs/design.md, where a warm start takes so long.
 func (h hotSet) lowerBound(speed testbed.LinkSpeed, warmStart float64) (seconds float64, how string) {
-	network := float64(h.compressedBytes) * 8 / float64(speed.BitsPerSecond)
+	compressed := float64(h.bytes) * h.compression
+	network := compressed * 8 / float64(speed.BitsPerSecond)
 	inflating := float64(h.bytes) / (h.inflateBytesPerSecond * float64(runtime.NumCPU()))
 	how = fmt.Sprintf("3 round trips + max(%.1f MB over the link, %.1f MB inflated by %d cores at %.0f MB/s) + warm start %.2f s",
-		float64(h.compressedBytes)/megabyte, float64(h.bytes)/megabyte, runtime.NumCPU(), h.inflateBytesPerSecond/megabyte, warmStart)
+		compressed/megabyte, float64(h.bytes)/megabyte, runtime.NumCPU(), h.inflateBytesPerSecond/megabyte, warmStart)
 	return 3*speed.RoundTrip.Seconds() + max(network, inflating) + warmStart, how
 }

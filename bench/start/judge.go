@@ -21,9 +21,6 @@ var barRate = testbed.LinkSpeed{BitsPerSecond: 1e9, RoundTrip: 10e6}
 
 // judge makes the report: every variant's median, the lower bound, and the bars.
 func judge(s setting, b *bed, res *results) error {
-	if err := res.write(); err != nil {
-		return err
-	}
 	r := report.New("start")
 	for _, image := range s.images {
 		for _, speed := range s.rates {

@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"slices"
 	"strings"
+	"syscall"
 
 	"accel/internal/testbed"
 )
@@ -36,7 +37,7 @@ func main() {
 	flag.BoolVar(&s.memory, "memory", true, "measure the daemons' memory with 20 images mounted, too")
 	flag.BoolVar(&s.keep, "keep", false, "leave the registry and the daemons' logs in their temporary directory")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := s.parse(rates)
 	if err == nil {
 		err = run(ctx, s)
@@ -119,6 +120,17 @@ func run(ctx context.Context, s setting) (err error) {
 	}
 	defer func() { err = errors.Join(err, b.close()) }()
 	res := &results{}
+	err = measureAll(ctx, b, s, res)
+	if err := errors.Join(err, res.write()); err != nil { // what was measured is kept in any case
+		return err
+	}
+	for _, v := range s.chosen(func(v variant) bool { return b.missing(v) != "" }) {
+		res.missing = append(res.missing, v.name+": "+b.missing(v))
+	}
+	return judge(s, b, res)
+}
+
+func measureAll(ctx context.Context, b *bed, s setting, res *results) error {
 	for _, name := range s.images {
 		if err := b.publish(ctx, name, s.chosen(func(v variant) bool { return b.missing(v) == "" })); err != nil {
 			return fmt.Errorf("image %s: %w", name, err)
@@ -130,13 +142,8 @@ func run(ctx context.Context, s setting) (err error) {
 			return err
 		}
 	}
-	if s.memory {
-		if err := memoryRuns(ctx, b, s, res); err != nil {
-			return err
-		}
+	if !s.memory {
+		return nil
 	}
-	for _, v := range s.chosen(func(v variant) bool { return b.missing(v) != "" }) {
-		res.missing = append(res.missing, v.name+": "+b.missing(v))
-	}
-	return judge(s, b, res)
+	return memoryRuns(ctx, b, s, res)
 }
