@@ -30,7 +30,6 @@ type host struct {
 	daemon      *daemon // nil where containerd does it by itself
 	snapshotter string
 	dir         string // the daemon's; removed with it
-	started     int    // containers
 }
 
 // startHost starts a host of system s, which pulls from b's registry.
@@ -227,13 +226,12 @@ func (d *daemon) said() string {
 func (d *daemon) end() error {
 	err := d.ask()
 	select {
-	case <-d.ended:
-		return err
+	case died := <-d.ended:
+		return errors.Join(err, died)
 	case <-time.After(daemonPatience):
 	}
 	err = errors.Join(errors.New("a daemon did not end when asked"), err, d.cmd.Process.Kill())
-	<-d.ended
-	return err
+	return errors.Join(err, <-d.ended)
 }
 
 // pids are the daemons that belong to a host: containerd first, then the

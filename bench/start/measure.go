@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -50,9 +52,8 @@ func (h *host) pull(ctx context.Context, reference string) error {
 // start starts a container of a new name and waits until its program answers, or
 // has read everything and ended.
 func (h *host) start(ctx context.Context, reference string, all bool) (id string, err error) {
-	h.started++
-	id = fmt.Sprintf("c%d", h.started)
-	args := []string{"run", "--null-io", "--net-host", "--snapshotter", h.snapshotter}
+	id = newID()
+	args := append(h.runArgs(), "--snapshotter", h.snapshotter)
 	if all {
 		_, err := h.containerd.Ctr(ctx, append(append(args, reference, id), readAll...)...)
 		return id, h.explained(err)
@@ -62,6 +63,14 @@ func (h *host) start(ctx context.Context, reference string, all bool) (id string
 	}
 	return id, h.explained(h.untilAnswers(ctx, id))
 }
+
+// runArgs are of ctr; runc's own state is for all containerds of a machine else.
+func (h *host) runArgs() []string {
+	return []string{"run", "--null-io", "--net-host", "--runc-root", filepath.Join(h.dir, "runc")}
+}
+
+// newID is of a container; cgroups are the machine's too.
+func newID() string { return "bench-" + rand.Text() }
 
 // explained adds the daemons' words to an error.
 func (h *host) explained(err error) error {

@@ -53,17 +53,19 @@ func (b *bed) record(ctx context.Context, image string, src v1.Image) (r recordi
 		return r, err
 	}
 	defer func() { err = errors.Join(err, w.close()) }()
-	args := []string{"run", "--detach", "--null-io", "--net-host", "--rootfs"}
+	id := newID()
+	args := append(h.runArgs(), "--detach", "--rootfs")
 	for _, e := range cfg.Config.Env {
 		args = append(args, "--env", e)
 	}
-	if _, err := h.containerd.Ctr(ctx, append(append(args, root, "recorded"), cfg.Config.Cmd...)...); err != nil {
+	if _, err := h.containerd.Ctr(ctx, append(append(args, root, id), cfg.Config.Cmd...)...); err != nil {
 		return r, err
 	}
-	if err := h.untilAnswers(ctx, "recorded"); err != nil {
+	if err := h.untilAnswers(ctx, id); err != nil {
 		return r, err
 	}
-	if r.files, err = w.stop(); err != nil {
+	r.files, err = w.stop()
+	if err := errors.Join(err, h.end(ctx, id, false)); err != nil {
 		return r, err
 	}
 	for _, name := range r.files {
@@ -76,16 +78,33 @@ func (b *bed) record(ctx context.Context, image string, src v1.Image) (r recordi
 	return r, nil
 }
 
-// residentBytes of a file are in the page cache. Linux has told since 6.5.
-func residentBytes(path string) (int64, error) {
+// residentBytes of a file are in the page cache. It is asked by mincore, because
+// cachestat knows nothing of what overlayfs has below.
+func residentBytes(path string) (_ int64, err error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return 0, err
 	}
-	var all unix.CachestatRange
-	var stat unix.Cachestat_t
-	err = unix.Cachestat(uint(f.Fd()), &all, &stat, 0)
-	return int64(stat.Cache) * int64(os.Getpagesize()), errors.Join(err, f.Close())
+	defer f.Close() // read only
+	info, err := f.Stat()
+	if err != nil || info.Size() == 0 {
+		return 0, err
+	}
+	mapped, err := unix.Mmap(int(f.Fd()), 0, int(info.Size()), unix.PROT_NONE, unix.MAP_SHARED)
+	if err != nil {
+		return 0, fmt.Errorf("mmap %s: %w", path, err)
+	}
+	defer func() { err = errors.Join(err, unix.Munmap(mapped)) }()
+	page := int64(os.Getpagesize())
+	pages := make([]byte, (info.Size()+page-1)/page)
+	if _, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&mapped[0])), uintptr(len(mapped)), uintptr(unsafe.Pointer(&pages[0]))); errno != 0 {
+		return 0, fmt.Errorf("mincore %s: %w", path, errno)
+	}
+	var resident int64
+	for _, p := range pages {
+		resident += int64(p&1) * page // the other bits are reserved
+	}
+	return min(resident, info.Size()), nil
 }
 
 // watcher notes the first use of every file of a mounted file system.

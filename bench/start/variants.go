@@ -49,6 +49,7 @@ var variants = []variant{
 	{name: "stargz-optimised", note: "recorded and prioritised image, default settings", system: stargz, form: optimisedForm},
 	{name: "stargz-optimised-tuned", note: "recorded and prioritised image, settings as for stargz", system: stargzTuned, form: optimisedForm},
 	{name: "accel", note: "plain name, no profile", system: accelNode, form: accelForm},
+	// accel-profile, with the profile that earlier starts have left, will stand here.
 	{name: "overlayfs-all", note: "full pull, then reads every file", system: overlayfs, form: plainForm, all: true},
 	{name: "stargz-all", note: "reads every file; settings as for stargz", system: stargzTuned, form: stockForm, all: true},
 	{name: "accel-all", note: "reads every file", system: accelNode, form: accelForm, all: true},
