@@ -26,9 +26,14 @@ const (
 	// queueTime is how far ahead of the clock a connection may book the link, as a
 	// short queue in a router does: a wake-up that comes so late leaves no gap.
 	queueTime = 5 * time.Millisecond
+	// lateTime is how much later still a wake-up may come: a busy machine, whose
+	// processors the link shares with those that it measures, slows no network down.
+	lateTime = 100 * time.Millisecond
 	// windowBytes are under way at most on one connection and direction, as TCP's
 	// receive window has it by default on Linux.
 	windowBytes = 4 << 20
+	// quickRead is what reading a parcel takes where its bytes had been waiting.
+	quickRead = 200 * time.Microsecond
 	// roughSleep is what the runtime's timers may oversleep.
 	roughSleep = 1500 * time.Microsecond
 )
@@ -218,15 +223,30 @@ func (k *Link) pump(l *lane, from, to net.Conn, notBefore time.Time) {
 	underWay := make(chan parcel, windowBytes/k.speed.Load().parcelBytes())
 	var delivery sync.WaitGroup
 	delivery.Go(func() { k.deliver(l, underWay, from, to) })
+	wake := time.Now() // when the next parcel was to be taken
 	for {
 		speed := k.speed.Load()
 		p := parcel{buffer: k.buffers.Get().(*[maxParcelBytes]byte)}
+		asked := time.Now()
 		n, err := from.Read(p.buffer[:speed.parcelBytes()])
 		if n > 0 {
-			departed := l.book(n, speed.BitsPerSecond, notBefore)
+			ready := time.Now()
+			if n == speed.parcelBytes() && ready.Sub(asked) < quickRead {
+				ready = latest(wake, ready.Add(-lateTime))
+			}
+			departed := notBefore // before that comes a first request, too small to count
+			if ready.After(notBefore) {
+				departed = l.book(n, speed.BitsPerSecond, ready)
+			}
 			p.bytes, p.at = n, departed.Add(speed.RoundTrip/2)
-			underWay <- p
-			sleepUntil(departed.Add(-queueTime))
+			wake = departed.Add(-queueTime)
+			select {
+			case underWay <- p:
+			default: // the receiver's window is full, so the link stands still
+				underWay <- p
+				wake = latest(wake, time.Now())
+			}
+			sleepUntil(wake)
 		}
 		if err != nil {
 			if !errors.Is(err, io.EOF) {
@@ -239,21 +259,22 @@ func (k *Link) pump(l *lane, from, to net.Conn, notBefore time.Time) {
 	}
 }
 
-// book gives the time at which bytes that are there now have been sent.
-func (l *lane) book(bytes int, bitsPerSecond int64, notBefore time.Time) time.Time {
+// book gives the time at which bytes that were there at ready have been sent.
+func (l *lane) book(bytes int, bitsPerSecond int64, ready time.Time) time.Time {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	now := time.Now()
-	if now.Before(notBefore) {
-		return notBefore // a first request, too small to count
-	}
-	if l.free.Before(now) {
-		l.free = now
-	}
+	l.free = latest(l.free, ready)
 	if bitsPerSecond > 0 {
 		l.free = l.free.Add(time.Duration(int64(bytes) * 8 * int64(time.Second) / bitsPerSecond))
 	}
 	return l.free
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
 }
 
 func (k *Link) deliver(l *lane, underWay <-chan parcel, from, to net.Conn) {
