@@ -14,10 +14,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// recordReadAhead is the kernel's default. Machines set far more for large disks, which
+// would count as read what only lay near.
+const recordReadAhead = "128" // KiB
+
 // recording is what one start of an image read.
 type recording struct {
 	files         []string // opened or read, in the order of their first use
-	residentBytes int64    // of them, in the page cache afterwards: with what the kernel read ahead
+	residentBytes int64    // of them, in the page cache afterwards: with a read-ahead of recordReadAhead
 }
 
 // record starts the plain image once, with a cold page cache, until its program
@@ -45,6 +49,11 @@ func (b *bed) record(ctx context.Context, image string, src v1.Image) (r recordi
 	if _, err := h.containerd.Ctr(ctx, "images", "mount", "--rw", reference, root); err != nil {
 		return r, err
 	}
+	restore, err := setReadAhead(h.containerd.Dir)
+	if err != nil {
+		return r, err
+	}
+	defer func() { err = errors.Join(err, restore()) }()
 	if err := dropCaches(); err != nil {
 		return r, err
 	}
@@ -76,6 +85,25 @@ func (b *bed) record(ctx context.Context, image string, src v1.Image) (r recordi
 		r.residentBytes += n
 	}
 	return r, nil
+}
+
+// setReadAhead sets recordReadAhead for the disk that dir is on, until restore is called.
+func setReadAhead(dir string) (restore func() error, err error) {
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return nil, err
+	}
+	device := fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
+	path := filepath.Join(device, "queue", "read_ahead_kb")
+	if _, err := os.Stat(filepath.Join(device, "partition")); err == nil {
+		path = device + "/../queue/read_ahead_kb" // of the whole disk
+	}
+	was, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read-ahead of the disk of %s: %w", dir, err)
+	}
+	set := func(to []byte) error { return os.WriteFile(path, to, 0) }
+	return func() error { return set(was) }, set([]byte(recordReadAhead))
 }
 
 // residentBytes of a file are in the page cache. It is asked by mincore, because

@@ -282,10 +282,9 @@ func (k *Link) deliver(l *lane, underWay <-chan parcel, from, to net.Conn) {
 	for p := range underWay {
 		if failed == nil {
 			sleepUntil(p.at)
+			l.delivered.Add(int64(p.bytes)) // first: whoever has the bytes finds them counted
 			if _, failed = to.Write(p.buffer[:p.bytes]); failed != nil {
 				from.Close() //nolint:errcheck // nobody reads what it sends
-			} else {
-				l.delivered.Add(int64(p.bytes))
 			}
 		}
 		k.buffers.Put(p.buffer)

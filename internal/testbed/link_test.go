@@ -179,10 +179,10 @@ func TestLinkPassesOnEnds(t *testing.T) {
 	c.Close()
 	// The client goes away in the middle: the server's writing fails, and does not hang.
 	c, s = dial()
-	go func() {
+	go func(c net.Conn) {
 		io.CopyN(io.Discard, c, 1<<20) //nolint:errcheck // it goes away in any case
 		c.Close()
-	}()
+	}(c)
 	block := make([]byte, 1<<20)
 	for err == nil {
 		_, err = s.Write(block)
