@@ -3,7 +3,7 @@ GO            ?= go
 GOLANGCI_LINT := v2.15.0
 TOOLS         := $(CURDIR)/.tools
 
-.PHONY: run build test test-long lint fuzz bench bench-convert bench-node clean tools setup
+.PHONY: run build test test-long lint fuzz bench bench-convert bench-node bench-start clean tools setup
 
 run: build ## start accel with an embedded registry under ./accel-data
 	./bin/accel up
@@ -42,6 +42,9 @@ bench-convert: ## conversion of a 1 GB image next to the stock library and gzip
 
 bench-node: build ## 100 pulls at once through the node's mirror next to the bare registry; its memory and start
 	$(GO) run ./bench/node
+
+bench-start: setup build ## starts of containers by accel and its peers over a shaped network; as root
+	$(GO) run ./bench/start
 
 clean:
 	rm -rf bin bench/out

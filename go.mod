@@ -40,6 +40,8 @@ require (
 	k8s.io/cri-api v0.37.1
 )
 
+require github.com/containerd/errdefs/pkg v0.3.0 // indirect
+
 require (
 	github.com/containerd/errdefs/pkg v0.3.0 // indirect
 	github.com/docker/go-units v0.5.0 // indirect

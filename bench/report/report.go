@@ -13,14 +13,16 @@ import (
 
 // Row is one figure.
 type Row struct {
-	Bench string    `json:"bench"`
-	Name  string    `json:"name"`
-	Value float64   `json:"value"`
-	Unit  string    `json:"unit"`
-	Bar   string    `json:"bar,omitempty"`  // what is asked, in words
-	Met   *bool     `json:"met,omitempty"`  // nil where there is no bar
-	Note  string    `json:"note,omitempty"` // how it was had
-	At    time.Time `json:"at"`
+	Bench string  `json:"bench"`
+	Name  string  `json:"name"`
+	Value float64 `json:"value"`
+	Unit  string  `json:"unit"`
+	Bar   string  `json:"bar,omitempty"`  // what is asked, in words
+	Met   *bool   `json:"met,omitempty"`  // nil where there is no bar
+	Note  string  `json:"note,omitempty"` // how it was had
+	// Missing: there is no figure, and why stands in Note.
+	Missing bool      `json:"missing,omitempty"`
+	At      time.Time `json:"at"`
 }
 
 // Report collects the rows of one benchmark program.
@@ -49,18 +51,29 @@ func (r *Report) AtMost(name string, value, bar float64, unit, note string) {
 	r.judge(fmt.Sprintf("<= %g", bar), value <= bar)
 }
 
+// Missing takes in a figure that could not be had.
+func (r *Report) Missing(name, why string) {
+	r.Add(name, 0, "", why)
+	r.rows[len(r.rows)-1].Missing = true
+}
+
 func (r *Report) judge(bar string, met bool) {
 	last := &r.rows[len(r.rows)-1]
 	last.Bar, last.Met = bar, &met
 }
 
 // Close prints the table and writes the file. It returns an error where a bar
-// was missed, too, so that the command's exit code tells.
+// was missed or a figure is missing, too, so that the command's exit code tells.
 func (r *Report) Close() error {
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "figure\tvalue\tunit\tbar\tmet\tnote")
-	missed := 0
+	missed, missing := 0, 0
 	for _, row := range r.rows {
+		if row.Missing {
+			missing++
+			fmt.Fprintf(w, "%s\tMISSING\t\t\tNO\t%s\n", row.Name, row.Note)
+			continue
+		}
 		met := ""
 		if row.Met != nil {
 			met = "yes"
@@ -77,8 +90,8 @@ func (r *Report) Close() error {
 	if err := r.write(); err != nil {
 		return err
 	}
-	if missed > 0 {
-		return fmt.Errorf("%d of %d figures miss their bar", missed, len(r.rows))
+	if missed+missing > 0 {
+		return fmt.Errorf("%d of %d figures miss their bar, and %d are MISSING", missed, len(r.rows), missing)
 	}
 	return nil
 }

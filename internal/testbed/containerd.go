@@ -251,7 +251,7 @@ func (c *Containerd) Close() error {
 		c.cmd = nil
 	}
 	if c.Dir != "" {
-		errs = append(errs, endShims(c.Socket()), unmountBelow(c.Dir), os.RemoveAll(c.Dir))
+		errs = append(errs, endShims(c.Socket()), UnmountBelow(c.Dir), os.RemoveAll(c.Dir))
 	}
 	return errors.Join(errs...)
 }

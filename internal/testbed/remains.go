@@ -68,8 +68,8 @@ func processes(socket string) (children map[int][]int, shims []int, err error) {
 	return children, shims, nil
 }
 
-// unmountBelow detaches every mount in dir, the innermost first.
-func unmountBelow(dir string) error {
+// UnmountBelow detaches every mount in dir, the innermost first.
+func UnmountBelow(dir string) error {
 	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
 	if err != nil {
 		return err

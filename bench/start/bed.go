@@ -1,0 +1,189 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+
+	"accel"
+	"accel/convert"
+	"accel/internal/testbed"
+	"accel/registry"
+	"accel/trust"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/sirupsen/logrus"
+)
+
+// convertedSuffix of a tag is accel's default for the converted form.
+const convertedSuffix = "-esgz"
+
+var accelProgram = filepath.Join("bin", "accel")
+
+// bed is what all hosts have in common: a registry at the far end of a link, and
+// the key that accel's mappings are signed with.
+type bed struct {
+	dir      string // logs, the registry's content, conversions' spill
+	keep     bool
+	registry *testbed.Registry
+	link     *testbed.Link
+	client   *registry.Client
+	keys     *trust.Keyring
+	keysFile string // its public half
+	nodeHelp string // of accel node
+	hot      map[string]hotSet
+}
+
+func openBed(ctx context.Context, s setting) (_ *bed, err error) {
+	logrus.SetOutput(io.Discard) // distribution's
+	b := &bed{keep: s.keep, hot: map[string]hotSet{}}
+	if b.dir, err = os.MkdirTemp("", "accel-bench-"); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, b.close())
+		}
+	}()
+	if b.registry, err = testbed.StartRegistry(testbed.RegistryOptions{Dir: b.dir}); err != nil {
+		return nil, err
+	}
+	if b.link, err = testbed.StartLink(b.registry.Host()); err != nil {
+		return nil, err
+	}
+	if b.client, err = registry.New(registry.Options{Hosts: []registry.Host{{Name: b.link.Host(), PlainHTTP: true}}}); err != nil {
+		return nil, err
+	}
+	if b.keys, err = trust.CreateKeyring(filepath.Join(b.dir, "keys")); err != nil {
+		return nil, err
+	}
+	b.keysFile = filepath.Join(b.dir, "keys.pem")
+	if err := os.WriteFile(b.keysFile, b.keys.Export(), 0o600); err != nil {
+		return nil, err
+	}
+	help, err := exec.CommandContext(ctx, accelProgram, "node", "--help").CombinedOutput()
+	if err != nil {
+		return nil, fmt.Errorf("%s node --help: %w: %s", accelProgram, err, help)
+	}
+	b.nodeHelp = string(help)
+	return b, nil
+}
+
+func (b *bed) close() error {
+	var errs []error
+	if b.client != nil {
+		b.client.Close()
+	}
+	if b.link != nil {
+		errs = append(errs, b.link.Close())
+	}
+	if b.registry != nil {
+		errs = append(errs, b.registry.Close())
+	}
+	if b.keep {
+		fmt.Fprintln(os.Stderr, "kept:", b.dir)
+		return errors.Join(errs...)
+	}
+	return errors.Join(append(errs, os.RemoveAll(b.dir))...)
+}
+
+// repository of an image, and reference of one of its forms, as clients name them.
+// accel's form has the name of the plain one: that is the point of it.
+func (b *bed) repository(image string) string { return b.link.Host() + "/bench/" + image }
+
+func (b *bed) reference(image string, f form) string {
+	if f == accelForm {
+		f = plainForm
+	}
+	return b.repository(image) + ":" + string(f)
+}
+
+// publish pushes an image in all the forms that variants need.
+func (b *bed) publish(ctx context.Context, image string, variants []variant) error {
+	b.link.Shape(testbed.LinkSpeed{})
+	needed := map[form]bool{}
+	for _, v := range variants {
+		needed[v.form] = true
+	}
+	src, err := sourceOf(ctx, image)
+	if err != nil {
+		return err
+	}
+	// Recording needs the plain form in the registry, as accel's conversion does.
+	if err := b.push(ctx, src, b.reference(image, plainForm)); err != nil {
+		return err
+	}
+	if needed[accelForm] {
+		fmt.Fprintf(os.Stderr, "%s: converting by accel\n", image)
+		if err := b.accelerate(ctx, src, image); err != nil {
+			return err
+		}
+	}
+	if !needed[stockForm] && !needed[optimisedForm] {
+		return nil
+	}
+	stock, err := stockImage(ctx, image, src)
+	if err != nil {
+		return err
+	}
+	if err := b.push(ctx, stock, b.reference(image, stockForm)); err != nil || !needed[optimisedForm] {
+		return err
+	}
+	optimised, err := b.optimisedImage(ctx, image, src, stock)
+	if err != nil {
+		return err
+	}
+	if err := b.push(ctx, optimised, b.reference(image, optimisedForm)); err != nil {
+		return err
+	}
+	b.hot[image], err = measureHot(optimised)
+	return err
+}
+
+func (b *bed) push(ctx context.Context, img v1.Image, reference string) error {
+	ref, err := name.ParseReference(reference, name.Insecure)
+	if err != nil {
+		return err
+	}
+	return remote.Write(ref, img, remote.WithContext(ctx))
+}
+
+// accelerate does what accel's worker does: converts, pushes beside the source, and
+// attaches the signed mapping to it.
+func (b *bed) accelerate(ctx context.Context, src v1.Image, image string) (err error) {
+	repository := b.repository(image)
+	c := &convert.Converter{TempDir: b.dir}
+	res, err := c.Convert(ctx, convert.Source{Image: src, Repository: repository}, convert.Options{})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, res.Close()) }()
+	if err := b.client.PushImage(ctx, repository, res.Image); err != nil {
+		return err
+	}
+	if err := b.push(ctx, res.Image, repository+":"+string(plainForm)+convertedSuffix); err != nil {
+		return err
+	}
+	for _, m := range res.Mappings {
+		m.TargetRepository = repository
+		envelope, err := b.keys.Sign(ctx, m)
+		if err != nil {
+			return err
+		}
+		subject, err := b.client.Head(ctx, repository, m.SourceManifest.String())
+		if err != nil {
+			return err
+		}
+		subject = v1.Descriptor{MediaType: subject.MediaType, Digest: subject.Digest, Size: subject.Size}
+		if _, err := b.client.Attach(ctx, repository, subject, accel.MediaTypeMapping, map[string]string{accel.AnnotationMapping: string(envelope)}); err != nil {
+			return err
+		}
+	}
+	return nil
+}

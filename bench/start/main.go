@@ -1,0 +1,149 @@
+// Command start measures container starts: from the begin of the pull until the
+// program in the container answers, by accel and by its peers, interleaved, over a
+// network that is as slow and as far away as is asked for. Every cold run has roots
+// that are empty, daemons that were just started and a page cache that was dropped.
+// `make bench-start` runs it, as root.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+
+	"accel/internal/testbed"
+)
+
+func main() {
+	if p := os.Getenv(partVariable); p != "" {
+		if err := playPart(p); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", p+":", err)
+			os.Exit(1)
+		}
+		return
+	}
+	s := setting{runs: 3, warmRuns: 10, images: []string{"pyapp"}, variants: names(variants)}
+	rates := []string{"1gbit:10ms", "100mbit:50ms"}
+	flag.IntVar(&s.runs, "runs", s.runs, "times each cold variant runs at each rate")
+	flag.IntVar(&s.warmRuns, "warm-runs", s.warmRuns, "starts of each warm variant")
+	list(&rates, "rates", "networks, as RATE:ROUNDTRIP; warm variants run over the first")
+	list(&s.variants, "variants", "what to run, of these; one that ends in * stands for all that begin so")
+	list(&s.images, "images", "images to start, of: "+strings.Join(names(images), ", "))
+	flag.BoolVar(&s.memory, "memory", true, "measure the daemons' memory with 20 images mounted, too")
+	flag.BoolVar(&s.keep, "keep", false, "leave the registry and the daemons' logs in their temporary directory")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := s.parse(rates)
+	if err == nil {
+		err = run(ctx, s)
+	}
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// list is a flag of words with commas between.
+func list(to *[]string, name, usage string) {
+	flag.Func(name, usage+" (default "+strings.Join(*to, ",")+")", func(text string) error {
+		*to = strings.Split(text, ",")
+		return nil
+	})
+}
+
+// setting is what is measured.
+type setting struct {
+	runs, warmRuns   int
+	images, variants []string
+	rates            []testbed.LinkSpeed
+	memory, keep     bool
+}
+
+func (s *setting) parse(rates []string) error {
+	for _, text := range rates {
+		speed, err := testbed.ParseLinkSpeed(text)
+		if err != nil {
+			return err
+		}
+		s.rates = append(s.rates, speed)
+	}
+	var chosen []string
+	for _, pattern := range s.variants {
+		found := false
+		for _, v := range variants {
+			prefix, all := strings.CutSuffix(pattern, "*")
+			if v.name == pattern || (all && strings.HasPrefix(v.name, prefix)) {
+				found = true
+				chosen = append(chosen, v.name)
+			}
+		}
+		if !found {
+			return fmt.Errorf("-variants %q: want some of %s", pattern, strings.Join(names(variants), ", "))
+		}
+	}
+	s.variants = chosen
+	for _, name := range s.images {
+		if !slices.Contains(names(images), name) {
+			return fmt.Errorf("-images %q: want some of %s", name, strings.Join(names(images), ", "))
+		}
+	}
+	if s.runs < 1 || s.warmRuns < 1 || len(s.rates) == 0 {
+		return errors.New("want at least one run, one warm run and one rate")
+	}
+	return nil
+}
+
+// chosen are the variants to run of those that want this.
+func (s *setting) chosen(want func(variant) bool) []variant {
+	var found []variant
+	for _, v := range variants {
+		if slices.Contains(s.variants, v.name) && want(v) {
+			found = append(found, v)
+		}
+	}
+	return found
+}
+
+func run(ctx context.Context, s setting) (err error) {
+	if os.Geteuid() != 0 {
+		return errors.New("starting containers and dropping the page cache need root")
+	}
+	b, err := openBed(ctx, s)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.close()) }()
+	res := &results{}
+	err = measureAll(ctx, b, s, res)
+	if err := errors.Join(err, res.write()); err != nil { // what was measured is kept in any case
+		return err
+	}
+	for _, v := range s.chosen(func(v variant) bool { return b.missing(v) != "" }) {
+		res.missing = append(res.missing, v.name+": "+b.missing(v))
+	}
+	return judge(s, b, res)
+}
+
+func measureAll(ctx context.Context, b *bed, s setting, res *results) error {
+	for _, name := range s.images {
+		if err := b.publish(ctx, name, s.chosen(func(v variant) bool { return b.missing(v) == "" })); err != nil {
+			return fmt.Errorf("image %s: %w", name, err)
+		}
+		if err := coldRuns(ctx, b, s, name, res); err != nil {
+			return err
+		}
+		if err := warmRuns(ctx, b, s, name, res); err != nil {
+			return err
+		}
+	}
+	if !s.memory {
+		return nil
+	}
+	return memoryRuns(ctx, b, s, res)
+}

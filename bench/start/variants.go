@@ -1,0 +1,71 @@
+package main
+
+// A form is how an image lies in the registry.
+type form string
+
+const (
+	plainForm     form = "plain"         // as it was built, gzip layers
+	stockForm     form = "stock"         // eStargz by the stock library at its defaults
+	optimisedForm form = "optimised"     // that, with what a start was recorded to read in front
+	accelForm     form = "plain+mapping" // plain, and beside it accel's conversion with its signed mapping
+)
+
+// A system gives containerd its snapshots.
+type system string
+
+const (
+	overlayfs   system = "overlayfs"    // containerd's own, at its defaults
+	stargz      system = "stargz"       // the stock stargz-snapshotter at its defaults
+	stargzTuned system = "stargz-tuned" // the same with the settings of tuned
+	accelNode   system = "accel"        // accel node
+)
+
+// A moment is what there is on the node when the clock starts.
+type moment int
+
+const (
+	cold      moment = iota // nothing; the pull counts
+	warm                    // all that a start needs, page cache included; no pull
+	coldCache               // all, on disk; no pull
+)
+
+// variant is one line of the comparison.
+type variant struct {
+	name   string
+	note   string
+	system system
+	form   form
+	at     moment
+	all    bool // the program reads every file and ends; else it answers by HTTP
+}
+
+func (v variant) String() string { return v.name }
+
+// variants run in this order, round after round.
+var variants = []variant{
+	{name: "overlayfs", note: "full pull, containerd's defaults", system: overlayfs, form: plainForm},
+	{name: "stargz", note: "not optimised image; passthrough, 8 tasks, asynchronous prefetch of 5 MB requests", system: stargzTuned, form: stockForm},
+	{name: "stargz-untuned", note: "not optimised image, default settings", system: stargz, form: stockForm},
+	{name: "stargz-optimised", note: "recorded and prioritised image, default settings", system: stargz, form: optimisedForm},
+	{name: "stargz-optimised-tuned", note: "recorded and prioritised image, settings as for stargz", system: stargzTuned, form: optimisedForm},
+	{name: "accel", note: "plain name, no profile", system: accelNode, form: accelForm},
+	// accel-profile, with the profile that earlier starts have left, will stand here.
+	{name: "overlayfs-all", note: "full pull, then reads every file", system: overlayfs, form: plainForm, all: true},
+	{name: "stargz-all", note: "reads every file; settings as for stargz", system: stargzTuned, form: stockForm, all: true},
+	{name: "accel-all", note: "reads every file", system: accelNode, form: accelForm, all: true},
+	{name: "overlayfs-warm", note: "all local", system: overlayfs, form: plainForm, at: warm},
+	{name: "stargz-warm", note: "all local", system: stargzTuned, form: stockForm, at: warm},
+	{name: "accel-warm", note: "all local", system: accelNode, form: accelForm, at: warm},
+	{name: "overlayfs-cold-cache", note: "all local, page cache dropped", system: overlayfs, form: plainForm, at: coldCache},
+	{name: "stargz-cold-cache", note: "all local, page cache dropped", system: stargzTuned, form: stockForm, at: coldCache},
+	{name: "accel-cold-cache", note: "all local, page cache dropped", system: accelNode, form: accelForm, at: coldCache},
+}
+
+// names lists variants, or images.
+func names[T interface{ String() string }](of []T) []string {
+	list := make([]string, len(of))
+	for i, x := range of {
+		list[i] = x.String()
+	}
+	return list
+}
