@@ -43,7 +43,6 @@ require (
 require github.com/containerd/errdefs/pkg v0.3.0 // indirect
 
 require (
-	github.com/containerd/errdefs/pkg v0.3.0 // indirect
 	github.com/docker/go-units v0.5.0 // indirect
 	github.com/stretchr/testify v1.12.1 // indirect
 )

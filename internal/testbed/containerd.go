@@ -195,7 +195,7 @@ func (c *Containerd) Crash() error {
 	err := c.cmd.Process.Kill()
 	<-c.ended
 	c.cmd = nil
-	return errors.Join(err, endShims(c.Socket()), unmountBelow(c.Dir), os.RemoveAll(filepath.Join(c.Dir, "state")))
+	return errors.Join(err, endShims(c.Socket()), UnmountBelow(c.Dir), os.RemoveAll(filepath.Join(c.Dir, "state")))
 }
 
 // answers waits for the CRI plugin, which is the last to get ready.
