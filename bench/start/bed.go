@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 
 	"accel"
@@ -36,7 +35,6 @@ type bed struct {
 	client   *registry.Client
 	keys     *trust.Keyring
 	keysFile string // its public half
-	nodeHelp string // of accel node
 	hot      map[string]hotSet
 }
 
@@ -67,11 +65,6 @@ func openBed(ctx context.Context, s setting) (_ *bed, err error) {
 	if err := os.WriteFile(b.keysFile, b.keys.Export(), 0o600); err != nil {
 		return nil, err
 	}
-	help, err := exec.CommandContext(ctx, accelProgram, "node", "--help").CombinedOutput()
-	if err != nil {
-		return nil, fmt.Errorf("%s node --help: %w: %s", accelProgram, err, help)
-	}
-	b.nodeHelp = string(help)
 	return b, nil
 }
 

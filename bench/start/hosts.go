@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strings"
 	"syscall"
 	"time"
 
@@ -128,12 +127,9 @@ socket: %[2]s/node.sock
 registries: [{host: %[3]q, plain_http: true}]
 default_registry: %[3]q
 cache: {budget: 0, free_floor: 0}
-lazy: {socket: %[4]q, keys: %[5]q, run: %[2]q}
+snapshotter: {socket: %[4]q, keys: %[5]q, runtime: %[2]s/run}
 `, mirror, dir, b.link.Host(), socket, b.keysFile)
 }
-
-// lazyFlag is what `accel node --help` shows where it can mount lazily.
-const lazyFlag = "--lazy-socket"
 
 // startNode runs bin/accel in dir and has it write containerd's hosts.toml files.
 func (b *bed) startNode(ctx context.Context, dir, socket, hostsDir string) (*daemon, error) {
@@ -150,7 +146,7 @@ func (b *bed) startNode(ctx context.Context, dir, socket, hostsDir string) (*dae
 	}
 	// Whoever runs this has keychains.
 	env := append(os.Environ(), "DOCKER_CONFIG="+dir, "HOME="+dir)
-	install := exec.CommandContext(ctx, accelProgram, "node", "install", "--no-unit", "--containerd-config-dir", hostsDir, "--config", config)
+	install := exec.CommandContext(ctx, accelProgram, "node", "install", "--no-unit", "--no-snapshotter", "--containerd-config-dir", hostsDir, "--config", config)
 	install.Env = env
 	if out, err := install.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("accel node install: %w: %s", err, out)
@@ -296,12 +292,4 @@ func (h *host) close() error {
 		}
 	}
 	return errors.Join(append(errs, os.RemoveAll(h.dir))...)
-}
-
-// missing says why a variant cannot run here; empty where it can.
-func (b *bed) missing(v variant) string {
-	if v.system != accelNode || strings.Contains(b.nodeHelp, lazyFlag) {
-		return ""
-	}
-	return "MISSING: bin/accel node has no " + lazyFlag + "; it cannot mount lazily yet"
 }

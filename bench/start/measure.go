@@ -181,7 +181,7 @@ func (b *bed) measured(ctx context.Context, h *host, v variant, image string, sp
 
 // coldRuns runs all cold variants at all rates, interleaved.
 func coldRuns(ctx context.Context, b *bed, s setting, image string, res *results) error {
-	chosen := s.chosen(func(v variant) bool { return v.at == cold && b.missing(v) == "" })
+	chosen := s.chosen(func(v variant) bool { return v.at == cold })
 	for i := range s.runs {
 		for _, speed := range s.rates {
 			for _, v := range chosen {
@@ -209,7 +209,7 @@ func warmRuns(ctx context.Context, b *bed, s setting, image string, res *results
 			err = errors.Join(err, h.close())
 		}
 	}()
-	chosen := s.chosen(func(v variant) bool { return v.at != cold && b.missing(v) == "" })
+	chosen := s.chosen(func(v variant) bool { return v.at != cold })
 	for _, v := range chosen {
 		if hosts[v.system] != nil {
 			continue

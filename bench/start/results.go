@@ -16,7 +16,6 @@ import (
 type results struct {
 	samples []sample
 	memory  []memorySample
-	missing []string // "variant: why"
 }
 
 func (r *results) add(s sample) {
