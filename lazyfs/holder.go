@@ -68,6 +68,9 @@ func RunHolder(ctx context.Context, o HolderOptions) (err error) {
 	if err = checkVersion(o.Version); err != nil {
 		return err
 	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
 	if o.Patience == 0 {
 		o.Patience = time.Minute
 	}

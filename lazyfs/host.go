@@ -126,7 +126,7 @@ func (h *Host) Layer(d digest.Digest) (*Layer, bool) {
 }
 
 // Remove forgets a layer; its files are the caller's to delete. Errors: ErrInUse while it is mounted,
-// or something still has a mount open that was taken away.
+// or something still has a mount open that was taken away (found out after 5 s, or when ctx ends).
 func (h *Host) Remove(ctx context.Context, d digest.Digest) error {
 	unlock, err := h.byDigest.Lock(ctx, string(d))
 	if err != nil {

@@ -18,9 +18,9 @@ import (
 const (
 	// startLimit is how long a holder may take to answer after it was started.
 	startLimit = 10 * time.Second
-	// releaseLimit is how long the kernel may take to tell a holder that an unmounted
-	// layer is closed.
-	releaseLimit = time.Second
+	// releaseLimit is how long it may take, on a busy machine, until a holder has heard
+	// from the kernel that an unmounted layer is closed.
+	releaseLimit = 5 * time.Second
 )
 
 // HolderInfo is a living holder.
@@ -153,7 +153,7 @@ func (l *holderLink) remove(ctx context.Context, d digest.Digest) error {
 		select {
 		case <-time.After(10 * time.Millisecond):
 		case <-ctx.Done():
-			return context.Cause(ctx)
+			return fmt.Errorf("%w: %w", err, context.Cause(ctx))
 		}
 	}
 }
