@@ -18,8 +18,8 @@ type Request struct {
 	Manifest, Layer digest.Digest
 	// Layers are the image's from this one upwards, as many as containerd gets into a label (about 55).
 	Layers []digest.Digest
-	// DiffID is what containerd would check the unpacked layer against; containerd before 2.3 tells it
-	// only for an image's first layer. Chain is the snapshot's name: it stands for this layer on those below.
+	// DiffID is what containerd would check the unpacked layer against; older containerds (1.6) tell it only of an
+	// image's first layer. Chain is the snapshot's name: it stands for this layer on those below.
 	DiffID, Chain digest.Digest
 }
 

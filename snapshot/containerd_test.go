@@ -291,6 +291,9 @@ func TestRunByCRI(t *testing.T) {
 			_, err := n.containerd.PullCRI(n.ctx, image, "", "")
 			n.check(err)
 			n.requireLazy()
+			if r := n.event(0).Request; r.Reference != image || r.Namespace != "k8s.io" || r.Manifest == "" || len(r.Layers) != 2 || r.DiffID == "" || r.Chain == "" {
+				t.Errorf("the request is %+v", r)
+			}
 			pod, err := n.containerd.RunCRI(n.ctx, image, "/tool", "wait")
 			n.check(err)
 			got, err := pod.Exec(n.ctx, "/tool", "cat", "/first", "/dir/file1")

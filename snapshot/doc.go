@@ -37,7 +37,7 @@
 //	[plugins."io.containerd.cri.v1.images"]
 //	  snapshotter = "accel"                       # with use_local_image_pull = true also disable_snapshot_annotations = false
 //
-// and containerd 1.6 and 1.7, where ctr pulls nothing lazily:
+// and containerd 1.6, whose CRI plugin is the one that pulls lazily:
 //
 //	[proxy_plugins.accel]
 //	  type = "snapshot"

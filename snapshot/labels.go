@@ -39,8 +39,9 @@ var requestLabels = []string{
 	snapshotters.TargetImageLayersLabel, snapshots.LabelSnapshotDiffID, snapshots.LabelSnapshotRef,
 }
 
-// requestOf reads containerd's labels. The error wraps accel.ErrInvalid.
-func requestOf(namespace string, labels map[string]string) (Request, error) {
+// requestOf reads containerd's labels for a layer on parent, which is empty for an image's first. The error
+// wraps accel.ErrInvalid.
+func requestOf(namespace, parent string, labels map[string]string) (Request, error) {
 	r := Request{Namespace: namespace, Reference: labels[snapshotters.TargetRefLabel]}
 	for _, f := range []struct {
 		label string
@@ -64,6 +65,9 @@ func requestOf(namespace string, labels map[string]string) (Request, error) {
 	}
 	if r.Reference == "" {
 		return Request{}, fmt.Errorf("%w: containerd did not give the label %s", accel.ErrInvalid, snapshotters.TargetRefLabel)
+	}
+	if r.DiffID == "" && parent == "" {
+		r.DiffID = r.Chain
 	}
 	if list := labels[snapshotters.TargetImageLayersLabel]; list != "" {
 		for one := range strings.SplitSeq(list, ",") {

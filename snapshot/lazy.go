@@ -61,7 +61,7 @@ func (s *Snapshotter) lazily(ctx context.Context, key, parent string, labels map
 	limited, cancel := context.WithTimeout(ctx, s.o.Limit)
 	defer cancel()
 	var err error
-	if e.Request, err = requestOf(e.Request.Namespace, labels); err != nil {
+	if e.Request, err = requestOf(e.Request.Namespace, parent, labels); err != nil {
 		return &refusal{CauseLabels, err}
 	}
 	if e.Layer, err = s.resolve(limited, e.Request); err != nil {

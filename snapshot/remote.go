@@ -43,7 +43,7 @@ func remoteOf(id string, info snapshots.Info) (*remote, error) {
 	if err != nil {
 		return nil, fmt.Errorf("layer of snapshot %s: %w", info.Name, err)
 	}
-	request, err := requestOf(info.Labels[labelNamespace], info.Labels)
+	request, err := requestOf(info.Labels[labelNamespace], info.Parent, info.Labels)
 	if err != nil {
 		return nil, fmt.Errorf("image of snapshot %s: %w", info.Name, err)
 	}
