@@ -16,6 +16,7 @@ import (
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	ggcr "github.com/google/go-containerregistry/pkg/registry"
+	"golang.org/x/sys/unix"
 )
 
 // machine is a root with files, and the options that describe it.
@@ -125,6 +126,77 @@ func TestContainerdAndItsHostsFiles(t *testing.T) {
 	m.want(m.o.containerd(ctx), Fail, "not written by accel")
 	m.write(install.DefaultContainerdConfig, "version = [")
 	m.want(m.o.containerd(ctx), Fail, "config.toml")
+}
+
+func TestLazy(t *testing.T) {
+	ctx := context.Background()
+	m := newMachine(t)
+	m.allOK(m.o.lazy(ctx)) // not wanted, so nothing lacks
+
+	m.o.Install.Snapshotter = &install.Snapshotter{Socket: "/run/accel/snapshotter.sock", Root: "/var/lib/accel/node/snapshots"}
+	m.o.RuntimeDir = "/run/accel/lazyfs"
+	found := m.o.lazy(ctx)
+	m.want(found, Warn, "switched off")
+	m.want(found, Warn, "/dev/fuse")
+	m.want(found, Warn, "not on tmpfs")
+	m.want(found, Warn, "nobody's mappings")
+	m.want(found, OK, "images can be mounted from")
+	for _, f := range found {
+		if strings.Contains(f.Detail, "containerd") {
+			t.Errorf("a word of containerd, which is not here: %+v", f)
+		}
+	}
+	m.o.Lazy, m.o.Server = true, "https://accel.test"
+	m.write("/dev/fuse", "")
+	found = m.o.lazy(ctx)
+	m.want(found, Warn, "is no device")
+	m.want(found, OK, "mappings of https://accel.test")
+	m.o.KeysFile = "/etc/accel/keys.pem"
+	m.want(m.o.lazy(ctx), Fail, "keys.pem")
+	m.write(m.o.KeysFile, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+	m.want(m.o.lazy(ctx), Fail, "no public key")
+	m.write(m.o.KeysFile, "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n")
+	m.want(m.o.lazy(ctx), OK, "signed by the keys")
+	m.write("/proc/sys/kernel/osrelease", "6.1.0\n")
+	m.want(m.o.lazy(ctx), Warn, "loop-control")
+
+	// Its configuration is here, but containerd does not run.
+	m.write(install.DefaultContainerdConfig, "version = 3\n")
+	found = m.o.lazy(ctx)
+	m.want(found, Warn, "no proxy plugin accel")
+	m.want(found, Warn, "nobody answers for snapshots")
+}
+
+// TestLazyOnRealFileSystems mounts those that count.
+func TestLazyOnRealFileSystems(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED, NOT TESTED: mounting needs root")
+	}
+	m := newMachine(t)
+	m.o.Install.Snapshotter, m.o.RuntimeDir, m.o.Root = &install.Snapshotter{Socket: "/s", Root: "/r"}, t.TempDir(), ""
+	mount(t, "tmpfs", m.o.RuntimeDir, "")
+	m.want([]Finding{m.o.runtimeDir()}, OK, "on tmpfs")
+	m.want([]Finding{m.o.device("/dev/null", "x")}, OK, "is there")
+	for _, dir := range []string{"lower", "upper", "work", "all"} {
+		if err := os.Mkdir(filepath.Join(m.o.RuntimeDir, dir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m.o.Dir = filepath.Join(m.o.RuntimeDir, "all")
+	mount(t, "overlay", m.o.Dir, strings.ReplaceAll("lowerdir=DIR/lower,upperdir=DIR/upper,workdir=DIR/work", "DIR", m.o.RuntimeDir))
+	m.want([]Finding{m.o.mountable()}, Warn, "overlayfs")
+}
+
+func mount(t *testing.T, kind, at, data string) {
+	t.Helper()
+	if err := unix.Mount(kind, at, kind, 0, data); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(at, 0); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 func TestDisk(t *testing.T) {

@@ -15,6 +15,9 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if play(os.Args) {
+		return
+	}
 	logrus.SetOutput(io.Discard)                                                                         // the registry of the tests logs to it
 	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("github.com/docker/go-events.(*Broadcaster).run")) // distribution never ends it
 }

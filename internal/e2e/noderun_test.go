@@ -191,6 +191,6 @@ func accelCommand(args ...string) (string, error) {
 func (n *nodeRun) installed() string {
 	n.t.Helper()
 	dir := filepath.Join(n.dir, "certs.d")
-	n.accel("node", "install", "--no-unit", "--containerd-config-dir", dir)
+	n.accel("node", "install", "--no-unit", "--no-snapshotter", "--containerd-config-dir", dir)
 	return dir
 }
