@@ -91,15 +91,13 @@ func readAll(b *testing.B, layers []*fixture, bytesPerSecond float64, single tim
 	}
 	f := start(b, o)
 	began := time.Now()
-	var completed []chan struct{}
 	var pieces []Piece
 	var memories []*memory
 	for _, fx := range layers {
-		m, _, done := f.add(fx, func(l *Layer) {
+		m, _, _ := f.add(fx, func(l *Layer) {
 			r := l.Source.(*registry)
 			r.latency, r.link, r.single = benchLatency, link, single
 		})
-		completed = append(completed, done)
 		memories = append(memories, m)
 		pieces = append(pieces, Piece{fx.digest, 0, len(fx.chunks)})
 	}
@@ -154,4 +152,33 @@ func readOrder(b *testing.B, f *bed, fx *fixture, m *memory, order []int) {
 			return
 		}
 	}
+}
+
+// BenchmarkAdd is what it costs to know a layer of 31,000 files.
+func BenchmarkAdd(b *testing.B) {
+	fx := build(b, random(1), shape{members: 31_000, most: 1000})
+	f, err := New(Options{Log: quiet()})
+	if err != nil {
+		b.Fatal(err)
+	}
+	m := fx.memory()
+	b.ReportAllocs()
+	for b.Loop() {
+		if err := f.Add(Layer{Content: m, Source: &registry{}}); err != nil {
+			b.Fatal(err)
+		}
+		f.Remove(fx.digest)
+	}
+}
+
+// BenchmarkSmallFiles is the cost of one small file that the background brings from memory.
+func BenchmarkSmallFiles(b *testing.B) {
+	fx := build(b, random(1), shape{members: 31_000, most: 1000})
+	for b.Loop() {
+		f := start(b, Options{})
+		_, _, done := f.add(fx, nil)
+		<-done
+		f.stop()
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/31_000, "ns/file")
 }

@@ -17,9 +17,12 @@
 //
 // # The way of a byte
 //
-//	demand.go      a miss -> what to ask for, how far ahead; joining and overtaking flights
+//	demand.go      a miss -> waiting, and trying again
+//	ahead.go       a miss -> what to ask for, how far ahead; joining and overtaking flights
 //	dispatch.go    hot set and background -> flights, as connections become free
-//	flight.go      a flight -> requests -> batches of members, read ahead of inflating
+//	flight.go      a flight -> room, copies, and what its end means
+//	request.go     a flight -> requests -> batches of members, read ahead of inflating
+//	response.go    one request's bytes, timed, slowed down and given up
 //	decode.go      batches -> chunks, put and told to who waits
 //	persist.go     what was put -> synced -> marked in the durable index, in batches
 //	twin.go        a chunk that another layer has is copied, and not fetched

@@ -32,8 +32,6 @@ func inside(place int64, again func() bool) func(int, context.Context, int64, []
 	}
 }
 
-func always() bool { return true }
-
 func times(n int32) func() bool {
 	var used atomic.Int32
 	return func() bool { return used.Add(1) <= n }

@@ -15,7 +15,6 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/sync/semaphore"
 	"golang.org/x/time/rate"
 )
 
@@ -119,8 +118,8 @@ type Filler struct {
 	o       Options
 	log     *slog.Logger
 	metrics *metrics
-	limit   *rate.Limiter       // of the background; nil: none
-	cores   *semaphore.Weighted // for inflating what nobody waits for, so that a core is left for who does
+	limit   *rate.Limiter // of the background; nil: none
+	cores   chan struct{} // for inflating what nobody waits for, so that a core is left for who does
 
 	dispatching chan struct{} // has one where there may be something to start
 	persisting  chan struct{} // has one where there is much to persist
@@ -164,7 +163,7 @@ func New(o Options) (*Filler, error) {
 	}
 	f := &Filler{
 		o: o, log: o.Log, metrics: m,
-		cores:       semaphore.NewWeighted(int64(max(1, runtime.GOMAXPROCS(0)-1))),
+		cores:       make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1)),
 		dispatching: make(chan struct{}, 1),
 		persisting:  make(chan struct{}, 1),
 		begun:       make(chan struct{}),

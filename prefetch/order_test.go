@@ -233,12 +233,21 @@ func TestBackgroundLimit(t *testing.T) {
 	fx := build(t, random(45), shape{members: 200, most: 30_000})
 	m, _, _ := b.add(fx, nil)
 	began := time.Now()
-	b.fill(fx, 150, 1) // is not limited
-	m.check(t, 150)
 	eventually(t, "something", func() bool { return b.Stats(fx.digest).BackgroundBytes > 200<<10 })
 	// The bucket holds a piece. Slower is always right; faster than this is not.
 	if took, least := time.Since(began), time.Second/2; took < least {
 		t.Errorf("200 KiB took %s at 100 KiB/s", took)
+	}
+	// Who waits is not limited, nor is a miss the end of the limit.
+	i := 0
+	for ; m.Has(i); i++ {
+	}
+	b.fill(fx, i, 1)
+	m.check(t, i)
+	b.fill(fx, 150, 1)
+	m.check(t, 150)
+	if m.Left() < 100 {
+		t.Errorf("only %d chunks are left", m.Left())
 	}
 }
 

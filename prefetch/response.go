@@ -6,6 +6,17 @@ import (
 	"time"
 )
 
+const (
+	// pieceBytes are read at most before it is asked whether to hold back.
+	pieceBytes = 128 << 10
+	// pieceTime: what comes in this time, on a slow link, is a piece too; it is what a miss may have
+	// to wait for.
+	pieceTime       = 20 * time.Millisecond
+	leastPieceBytes = 8 << 10
+	// longestPause of a flight that holds back: registries end connections that are not read from.
+	longestPause = 500 * time.Millisecond
+)
+
 // leastBytesPerSecond is what a request must bring on average of its patience, so that one which trickles is
 // given up as well as one that brings nothing.
 const leastBytesPerSecond = 1 << 10

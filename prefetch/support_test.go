@@ -47,7 +47,7 @@ func build(t testing.TB, r *rand.Rand, s shape) *fixture {
 	var blob bytes.Buffer
 	for range s.members {
 		offset := int64(blob.Len())
-		w, err := gzip.NewWriterLevel(&blob, gzip.BestSpeed)
+		w, err := gzip.NewWriterLevel(&blob, gzip.HuffmanOnly)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -91,17 +91,22 @@ func build(t testing.TB, r *rand.Rand, s shape) *fixture {
 	return f
 }
 
-// content is compressible by about half.
-func content(r *rand.Rand, n int) []byte {
-	b := make([]byte, n)
-	for i := 0; i < n; i += 8 {
-		v := r.Uint64()
-		for k := i; k < min(i+4, n); k++ {
-			b[k] = byte(v)
-			v >>= 8
+// pool is compressible by about half.
+var pool = sync.OnceValue(func() []byte {
+	r := random(0)
+	b := make([]byte, 2<<20)
+	for i := range b {
+		if r.IntN(2) == 0 {
+			b[i] = byte(r.Uint32())
 		}
 	}
 	return b
+})
+
+// content is n bytes that are hardly ever the same.
+func content(r *rand.Rand, n int) []byte {
+	at := r.IntN(len(pool()) - n)
+	return pool()[at : at+n]
 }
 
 // memory is a Content in memory that checks digests, as the real one does.
