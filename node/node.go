@@ -164,11 +164,18 @@ func (n *Node) open() (err error) {
 // storeDir is where the store is in a node's folder.
 func storeDir(dir string) string { return filepath.Join(dir, "cache") }
 
+// Listeners are where a node is asked. Mirror and Admin are required.
+type Listeners struct {
+	Mirror, Admin net.Listener
+	Snapshotter   net.Listener // of ListenSnapshotter; nil: containerd is not served
+	Beside        []Served
+}
+
 // Run serves the mirror and the admin API, and does all else, until ctx ends or something breaks.
 // It may be called once; then comes Close.
-func (n *Node) Run(ctx context.Context, mirrorListener, adminListener net.Listener, beside ...Served) error {
+func (n *Node) Run(ctx context.Context, at Listeners) error {
 	g, ctx := errgroup.WithContext(ctx)
-	all := append([]Served{{mirrorListener, n.mirror}, {adminListener, n.admin(ctx)}}, beside...)
+	all := append([]Served{{at.Mirror, n.mirror}, {at.Admin, n.admin(ctx)}}, at.Beside...)
 	servers := make([]*http.Server, 0, len(all))
 	for _, s := range all {
 		servers = append(servers, n.serve(g, s))
@@ -178,9 +185,9 @@ func (n *Node) Run(ctx context.Context, mirrorListener, adminListener net.Listen
 	g.Go(func() error { return n.store.Run(inner) })
 	g.Go(func() error { return n.meter.Run(inner) })
 	if n.mounts != nil {
-		if err := n.mounts.run(ctx, inner, g, n.o.Snapshotter.Socket); err != nil {
-			stop()
-			g.Go(func() error { return err })
+		g.Go(func() error { return n.mounts.lazy.Run(inner) })
+		if at.Snapshotter != nil {
+			g.Go(func() error { return n.mounts.serve(ctx, at.Snapshotter) })
 		}
 	}
 	if n.server != nil {

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"net"
 	"path/filepath"
 	"time"
 
@@ -12,7 +14,6 @@ import (
 	"accel/snapshot"
 
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sync/errgroup"
 )
 
 // Snapshotter says how a node mounts images for containerd. Socket, RunDir and Holder are required; the
@@ -31,6 +32,7 @@ type Snapshotter struct {
 type mounts struct {
 	*snapshot.Snapshotter
 	lazy *lazy.Lazy
+	log  *slog.Logger
 }
 
 // snapshotsDir is where containerd's snapshots are in a node's folder.
@@ -51,7 +53,7 @@ func (n *Node) openMounts(ctx context.Context) (_ *mounts, err error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &mounts{}
+	m := &mounts{log: n.o.Log}
 	m.lazy, err = lazy.New(lazy.Options{
 		Dir: filepath.Join(n.o.Dir, "lazy"), RunDir: o.RunDir, Version: n.o.Version, Holder: o.Holder,
 		Store: n.store, Registry: n.o.Registry, Server: n.o.Server, Keys: keys,
@@ -96,20 +98,21 @@ func (m *mounts) close() error {
 	return err
 }
 
-// run serves containerd until ctx ends, and fills what is mounted until inner does.
-func (m *mounts) run(ctx, inner context.Context, g *errgroup.Group, socket string) error {
-	l, err := snapshot.Listen(ctx, socket)
-	if err != nil {
-		return fmt.Errorf("%w (--snapshotter-socket)", err)
+// ListenSnapshotter makes the socket for containerd; nil where this node mounts nothing. What containerd asks
+// waits there until Run has mounted what was mounted.
+func (n *Node) ListenSnapshotter(ctx context.Context) (net.Listener, error) {
+	if n.mounts == nil {
+		return nil, nil
 	}
-	g.Go(func() error { return m.lazy.Run(inner) })
-	g.Go(func() error {
-		if err := m.Restore(ctx); err != nil && ctx.Err() == nil {
-			return errors.Join(fmt.Errorf("mount what was mounted: %w", err), l.Close())
-		}
-		return m.Serve(ctx, l)
-	})
-	return nil
+	return snapshot.Listen(ctx, n.o.Snapshotter.Socket)
+}
+
+// serve mounts what was mounted, and answers containerd until ctx ends.
+func (m *mounts) serve(ctx context.Context, l net.Listener) error {
+	if err := m.Restore(ctx); err != nil && ctx.Err() == nil {
+		m.log.Error("not all is as it was before this node started; what containerd asks for is served all the same", "error", err)
+	}
+	return m.Serve(ctx, l)
 }
 
 // setAside ends the use of a layer whose image lied, by the chain ID that containerd has it under.

@@ -110,14 +110,20 @@ func listenAndRun(cmd *cobra.Command, conf nodeConfig, n *node.Node, metrics *pr
 		return fmt.Errorf("%w (--socket)", err)
 	}
 	defer closeQuietly(admin)
-	var beside []node.Served
+	at := node.Listeners{Mirror: mirror, Admin: admin}
+	if at.Snapshotter, err = n.ListenSnapshotter(ctx); err != nil {
+		return fmt.Errorf("%w (--snapshotter-socket)", err)
+	}
+	if at.Snapshotter != nil {
+		defer closeQuietly(at.Snapshotter)
+	}
 	if conf.Metrics.Listen != "" {
 		l, err := listen(cmd, "--metrics-listen", conf.Metrics.Listen)
 		if err != nil {
 			return err
 		}
 		defer closeQuietly(l)
-		beside = append(beside, node.Served{Listener: l, Handler: metricsHandler(metrics)})
+		at.Beside = append(at.Beside, node.Served{Listener: l, Handler: metricsHandler(metrics)})
 	}
 	if conf.Server.URL == "" {
 		log.Warn("no server is configured (server.url): pulls are measured and kept, but reported to nobody")
@@ -127,7 +133,7 @@ func listenAndRun(cmd *cobra.Command, conf nodeConfig, n *node.Node, metrics *pr
 	if err := notifySystemd("READY=1"); err != nil {
 		log.Warn("systemd cannot be told that the node is up", "error", err)
 	}
-	return n.Run(ctx, mirror, admin, beside...)
+	return n.Run(ctx, at)
 }
 
 func metricsHandler(metrics *prometheus.Registry) http.Handler {
