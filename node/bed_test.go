@@ -97,7 +97,7 @@ func start(ctx context.Context, dir, upstream string, change func(*node.Options)
 	d.host, d.client = mirror.Addr().String(), node.NewClient(d.socket)
 	ctx, d.cancel = context.WithCancel(ctx)
 	go func() {
-		err := n.Run(ctx, Listeners{Mirror: mirror, Admin: admin})
+		err := n.Run(ctx, node.Listeners{Mirror: mirror, Admin: admin})
 		client.Close()
 		d.ended <- errors.Join(err, n.Close())
 	}()
