@@ -21,6 +21,8 @@ const (
 	maxLayers = 512
 	// maxPathBytes is the kernel's PATH_MAX.
 	maxPathBytes = 4096
+	// maxLinks is how many links a lookup follows, as in the kernel.
+	maxLinks = 40
 	// maxFileBytes is the largest file that there may be.
 	maxFileBytes = 1 << 40
 )

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"slices"
+	"time"
 
 	"accel"
 
@@ -162,6 +163,9 @@ func DecodeSummary(b []byte) (*Summary, error) {
 		}
 		if w.Version != wireVersion || len(w.Reports) > MaxReports {
 			return nil, fmt.Errorf("%w: version %d with %d reports", accel.ErrInvalid, w.Version, len(w.Reports))
+		}
+		if err := checkHead(w.Manifest, time.Time{}); err != nil {
+			return nil, err
 		}
 		files, err := decodeFiles(w.Layers, MaxReports*maxPathsBytes)
 		if err != nil {
