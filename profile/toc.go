@@ -63,7 +63,11 @@ func eachEntry(toc []byte, do func(name string, e *tocEntry) error) error {
 			}
 			continue
 		}
-		if t, err := d.Token(); err != nil || t != json.Delim('[') {
+		t, err := d.Token()
+		if err == nil && t == nil {
+			continue // null: no entries
+		}
+		if err != nil || t != json.Delim('[') {
 			return fmt.Errorf("%w: TOC's entries are no list", accel.ErrInvalid)
 		}
 		for d.More() {
