@@ -237,6 +237,14 @@ func (p *predictor) elf(e *Entry, name string) bool {
 	return true
 }
 
+// extension is elf for what a running program loads.
+func (p *predictor) extension(e *Entry, name string) {
+	before := p.extensions
+	p.extensions = true
+	p.elf(e, name)
+	p.extensions = before
+}
+
 // elfOf is e's headers, read once.
 func (p *predictor) elfOf(e *Entry) *elfFile {
 	if f, ok := p.elves[e]; ok {
@@ -255,6 +263,9 @@ const (
 	maxWritableBytes = 16 << 20 // relocated
 	maxCodeBytes     = 20 << 20
 	maxReadOnlyBytes = 6 << 20
+	// An extension that a language loads, with what it is linked with, is mostly asked
+	// for a few functions.
+	maxExtensionBytes = 1 << 20
 	// Constant data of a library with next to no code is looked up here and there.
 	littleCodeBytes = 64 << 10
 	tableBytes      = 256 << 10
@@ -277,12 +288,15 @@ func (p *predictor) addELF(e *Entry, f *elfFile) {
 		}
 	}
 	head := func(n int, l load) bool { return n == 0 && l.flags&(pfExecute|pfWrite) == 0 }
+	maxCode, maxReadOnly := int64(maxCodeBytes), int64(maxReadOnlyBytes)
+	if p.extensions {
+		maxCode, maxReadOnly = maxExtensionBytes, maxExtensionBytes
+	}
 	add(head, maxHeadBytes)
 	add(func(_ int, l load) bool { return l.flags&pfWrite != 0 }, maxWritableBytes)
-	add(func(_ int, l load) bool { return l.flags&pfExecute != 0 }, maxCodeBytes)
-	limit := int64(maxReadOnlyBytes)
+	add(func(_ int, l load) bool { return l.flags&pfExecute != 0 }, maxCode)
 	if code < littleCodeBytes {
-		limit = tableBytes
+		maxReadOnly = tableBytes
 	}
-	add(func(n int, l load) bool { return l.flags&(pfExecute|pfWrite) == 0 && !head(n, l) }, limit)
+	add(func(n int, l load) bool { return l.flags&(pfExecute|pfWrite) == 0 && !head(n, l) }, maxReadOnly)
 }

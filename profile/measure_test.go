@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"accel"
 	"accel/profile"
@@ -107,10 +108,12 @@ func TestMeasurePredictions(t *testing.T) {
 			dirs := p.layers(t)
 			view := viewOfDirs(t, dirs)
 			recorded := p.recording(t, dirs, view.Tree)
+			began := time.Now()
 			predicted, err := profile.Predict(t.Context(), view, profile.Start{Cmd: p.command, Env: []string{"PATH=" + debianPath}})
 			must(t, err)
+			took := time.Since(began)
 			c := profile.Coverage(recorded, accel.Profile{Items: predicted})
-			t.Logf("recorded %.1f MB, foretold %.0f %% of it in %d items, in vain %.1f MB", mb(c.RecordedBytes), 100*c.Share(), len(predicted), mb(c.VainBytes))
+			t.Logf("recorded %.1f MB, foretold %.0f %% of it in %d items, in vain %.1f MB, in %v", mb(c.RecordedBytes), 100*c.Share(), len(predicted), mb(c.VainBytes), took.Round(time.Millisecond))
 			if os.Getenv("ACCEL_TEST_DETAIL") != "" {
 				detail(t, recorded, predicted, view.Tree)
 			}

@@ -64,12 +64,13 @@ type predictor struct {
 	items []Item
 	seen  map[place]*spans
 
-	elves    map[*Entry]*elfFile
-	mapped   map[*Entry]bool  // programs and libraries that are in already
-	loaded   map[string]bool  // libraries' names as they are linked
-	loaders  map[bool]*loader // by whether it is musl's
-	interp   string           // the program's dynamic loader
-	commands int              // looked into
+	elves      map[*Entry]*elfFile
+	mapped     map[*Entry]bool  // programs and libraries that are in already
+	loaded     map[string]bool  // libraries' names as they are linked
+	loaders    map[bool]*loader // by whether it is musl's
+	extensions bool             // what is loaded now is no program, but loaded by one
+	interp     string           // the program's dynamic loader
+	commands   int              // looked into
 }
 
 // part adds some bytes of a file, widened to pages.

@@ -269,7 +269,7 @@ func (s *pythonStart) file(stem, name string, isPackage bool, depth int) bool {
 			continue
 		}
 		if e, real := s.p.regular(stem + suffix); e != nil {
-			s.p.elf(e, real)
+			s.p.extension(e, real)
 			return true
 		}
 	}
