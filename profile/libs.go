@@ -269,11 +269,17 @@ const (
 	// Constant data of a library with next to no code is looked up here and there.
 	littleCodeBytes = 64 << 10
 	tableBytes      = 256 << 10
+	// A small file comes in whole: the parts that are not mapped lie between the others.
+	smallELFBytes = 256 << 10
 )
 
 // addELF adds the parts of a program or library that a start touches. What is not
 // mapped, such as debugging information, is left out.
 func (p *predictor) addELF(e *Entry, f *elfFile) {
+	if e.Size <= smallELFBytes {
+		p.entry(e)
+		return
+	}
 	code := int64(0)
 	for _, l := range f.loads {
 		if l.flags&pfExecute != 0 {
