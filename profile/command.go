@@ -89,7 +89,8 @@ func isShell(name string) bool {
 
 // wrappers run the rest of their command line.
 var wrappers = map[string]func([]string) []string{
-	"env": func(a []string) []string { return skipWords(a, "uSC", true) }, "nice": func(a []string) []string { return skipWords(a, "n", false) },
+	"env":  envCommand,
+	"nice": func(a []string) []string { return skipWords(a, "n", false) },
 	"tini": func(a []string) []string { return skipWords(a, "pe", false) }, "docker-init": func(a []string) []string { return skipWords(a, "pe", false) },
 	"dumb-init": func(a []string) []string { return skipWords(a, "r", false) }, "exec": func(a []string) []string { return skipWords(a, "a", false) },
 	"nohup": func(a []string) []string { return skipWords(a, "", false) }, "setsid": func(a []string) []string { return skipWords(a, "", false) },
@@ -100,6 +101,18 @@ var wrappers = map[string]func([]string) []string{
 	"timeout": func(a []string) []string { return skipFirst(skipWords(a, "ks", false)) },
 	"setpriv": func(a []string) []string { return skipWords(a, "", false) },
 	"chpst":   func(a []string) []string { return skipWords(a, "uUbednmo/", false) },
+}
+
+// envCommand is what env runs. Behind -S stands a whole command line, which the first line
+// of a script has in words already.
+func envCommand(a []string) []string {
+	for n, w := range a {
+		if w == "-S" && n+1 < len(a) {
+			a = append(append(append([]string(nil), a[:n]...), strings.Fields(a[n+1])...), a[n+2:]...)
+			break
+		}
+	}
+	return skipWords(a, "uC", true)
 }
 
 func skipFirst(a []string) []string { return a[min(1, len(a)):] }
@@ -211,10 +224,14 @@ func (p *predictor) simple(words []string) []string {
 }
 
 func isName(s string) bool {
-	for n, c := range s {
-		if c != '_' && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (n == 0 || c < '0' || c > '9') {
+	for n := range len(s) {
+		if !isNameByte(s[n], n) {
 			return false
 		}
 	}
 	return s != ""
+}
+
+func isNameByte(c byte, n int) bool {
+	return c == '_' || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (n > 0 && c >= '0' && c <= '9')
 }

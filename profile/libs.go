@@ -23,6 +23,7 @@ type loader struct {
 	cache map[string][]string // of ld.so.cache, by name
 	dirs  []string            // searched last
 	extra []string            // LD_LIBRARY_PATH
+	confs int                 // files read for dirs
 }
 
 // loaderOf reads the loader's configuration. interp is the program's interpreter, which
@@ -48,7 +49,7 @@ func (p *predictor) loaderOf(interp string) *loader {
 		l.dirs = l.dirs[:min(len(l.dirs), maxLdDirs)]
 		return l
 	}
-	if e, _ := p.tree.Resolve(ldCache); e != nil && e.Regular() && e.Size <= maxCacheBytes {
+	if e, _ := p.resolve(ldCache); e != nil && e.Regular() && e.Size <= maxCacheBytes {
 		l.cache = readLdCache(p.r.at(e, 0, e.Size))
 	}
 	if len(l.cache) == 0 {
@@ -61,7 +62,10 @@ func (p *predictor) loaderOf(interp string) *loader {
 // conf reads ld.so.conf and what it includes; only an image that never ran ldconfig needs
 // it.
 func (l *loader) conf(p *predictor, name string, depth int) {
-	e, _ := p.tree.Resolve(name)
+	if l.confs++; l.confs > maxLdDirs {
+		return
+	}
+	e, _ := p.resolve(name)
 	for line := range strings.Lines(string(p.r.text(e))) {
 		line, _, _ = strings.Cut(line, "#")
 		f := strings.Fields(line)
@@ -123,7 +127,7 @@ func readLdCache(b []byte) map[string][]string {
 // search paths.
 func (l *loader) find(p *predictor, name string, like *elfFile, rpaths, runpaths []string) (*Entry, *elfFile) {
 	fits := func(file string) (*Entry, *elfFile) {
-		e, _ := p.tree.Resolve(file)
+		e, _ := p.resolve(file)
 		if e == nil || !e.Regular() {
 			return nil, nil
 		}
@@ -190,7 +194,7 @@ func (p *predictor) elf(e *Entry, name string) bool {
 	p.addELF(e, f)
 	l := p.loaderOf(p.interp)
 	if f.interp != "" {
-		if i, _ := p.tree.Resolve(f.interp); i != nil && i.Regular() {
+		if i, _ := p.resolve(f.interp); i != nil && i.Regular() {
 			if g := p.elfOf(i); g != nil && !p.mapped[i] {
 				p.mapped[i] = true
 				p.addELF(i, g)

@@ -14,7 +14,7 @@ const (
 	maxPatterns      = 1000
 	maxPatternBytes  = 4096
 	maxGlobMatches   = 10_000
-	maxGlobDirs      = 100_000 // directories that a pattern looks into
+	maxGlobDirs      = 10_000 // directories that a pattern looks into
 	maxListedInBytes = 256 << 10
 )
 

@@ -211,7 +211,7 @@ func (n *nodeStart) load(name, dir string, required bool, depth int) {
 	pkg := strings.Join(parts[:own], "/")
 	sub := strings.TrimPrefix(name[len(pkg):], "/")
 	for _, d := range n.searched(dir) {
-		if e, real := n.p.tree.Resolve(path.Join(d, pkg)); e != nil && e.Kind == "dir" {
+		if e, real := n.p.resolve(path.Join(d, pkg)); e != nil && e.Kind == "dir" {
 			if n.inPackage("/"+real, sub, required, depth) {
 				return
 			}
@@ -290,7 +290,7 @@ func (n *nodeStart) file(name string, guess bool) (*Entry, string) {
 			return e, real
 		}
 	}
-	if e, real := n.p.tree.Resolve(name); e == nil || e.Kind != "dir" {
+	if e, real := n.p.resolve(name); e == nil || e.Kind != "dir" {
 		return nil, ""
 	} else if c := n.config("/" + real); c != nil && c.Main != "" {
 		at := path.Join("/", real, path.Clean("/"+c.Main))

@@ -20,6 +20,9 @@ const (
 	maxWholeBytes = 32 << 20
 	// maxPredictedBytes bounds a prediction: beyond it, guesses cost more than they save.
 	maxPredictedBytes = 256 << 20
+	// maxLookups bounds the names that are looked for. Python with pandas and scipy takes
+	// 60,000.
+	maxLookups = 4 << 20
 )
 
 // Predict is what a start of an image that never ran will read, as far as its files
@@ -70,7 +73,8 @@ type predictor struct {
 	loaders    map[bool]*loader // by whether it is musl's
 	extensions bool             // what is loaded now is no program, but loaded by one
 	interp     string           // the program's dynamic loader
-	commands   int              // looked into
+	lookups    int
+	commands   int // looked into
 }
 
 // part adds some bytes of a file, widened to pages.
@@ -96,8 +100,8 @@ func (p *predictor) entry(e *Entry) {
 
 // whole adds the file of that name; nil where there is none.
 func (p *predictor) whole(name string) *Entry {
-	e, _ := p.tree.Resolve(name)
-	if e == nil || !e.Regular() {
+	e, _ := p.regular(name)
+	if e == nil {
 		return nil
 	}
 	p.entry(e)
@@ -112,9 +116,24 @@ func (p *predictor) inDir(name string) string {
 	return path.Join(p.cwd, name)
 }
 
+// resolve looks a name up, within the bound.
+func (p *predictor) resolve(name string) (*Entry, string) {
+	p.lookups++
+	if p.lookups > maxLookups && p.r.err == nil {
+		p.r.err = errSpent
+	}
+	if p.lookups%1024 == 0 && p.r.ctx.Err() != nil && p.r.err == nil {
+		p.r.err = context.Cause(p.r.ctx)
+	}
+	if p.r.err != nil {
+		return nil, ""
+	}
+	return p.tree.Resolve(name)
+}
+
 // regular resolves a name to a file with content.
 func (p *predictor) regular(name string) (*Entry, string) {
-	e, real := p.tree.Resolve(name)
+	e, real := p.resolve(name)
 	if e == nil || !e.Regular() {
 		return nil, ""
 	}

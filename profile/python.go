@@ -130,7 +130,7 @@ func (s *pythonStart) home(called, real string) bool {
 	}
 	done := map[string]bool{}
 	for _, site := range sites {
-		if e, name := s.p.tree.Resolve(site); e != nil && e.Kind == "dir" && !done[name] {
+		if e, name := s.p.resolve(site); e != nil && e.Kind == "dir" && !done[name] {
 			done[name] = true
 			s.path = append(s.path, site)
 			s.pth(site)
@@ -238,7 +238,7 @@ func (s *pythonStart) load(name string, depth int) *pyModule {
 	m := &pyModule{}
 	var namespace []string
 	for _, d := range dirs {
-		e, real := s.p.tree.Resolve(path.Join(d, last))
+		e, real := s.p.resolve(path.Join(d, last))
 		if e != nil && e.Kind == "dir" {
 			m.dirs = []string{"/" + real}
 			s.modules[name] = m

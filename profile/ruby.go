@@ -23,7 +23,10 @@ var rubyBoot = []string{
 // rubyRequire matches requires at the beginning of a line; autoloads come later, if ever.
 var rubyRequire = regexp.MustCompile(`(?m)^[ \t]*(?:[a-z]+[ \t]+)?(require|require_relative|load)[ \t(]+["']([^"'#\n]{1,200})["']`)
 
-const maxGems = 2000
+const (
+	maxGems   = 500
+	maxMissed = 2000 // names that stand for nothing
+)
 
 // ruby predicts an interpreter whose program is the file real.
 func (p *predictor) ruby(real string, args []string) {
@@ -114,7 +117,7 @@ func (r *rubyStart) require(name string, depth int) {
 		r.at(name, depth)
 		return
 	}
-	if r.missed[name] {
+	if r.missed[name] || len(r.missed) >= maxMissed {
 		return
 	}
 	for _, dirs := range [][]string{r.path, r.gems} {
@@ -124,9 +127,7 @@ func (r *rubyStart) require(name string, depth int) {
 			}
 		}
 	}
-	if len(r.missed) < maxModules {
-		r.missed[name] = true
-	}
+	r.missed[name] = true
 }
 
 // at loads the file of that name, with an ending or without.

@@ -27,6 +27,9 @@ const (
 	// maxConfFiles bounds the files that configurations name.
 	maxConfFiles = 500
 	maxConfBytes = 1 << 20
+	// Bounds of all of them together.
+	maxConfWords    = 1 << 20
+	maxConfPatterns = 200
 )
 
 // server predicts a program about which nothing else is known: files that its arguments
@@ -35,7 +38,7 @@ func (p *predictor) server(name string, args []string) {
 	for _, f := range systemFiles {
 		p.whole(f)
 	}
-	c := &confs{p: p, seen: map[*Entry]bool{}}
+	c := &confs{p: p, seen: map[*Entry]bool{}, words: maxConfWords, patterns: maxConfPatterns}
 	for _, f := range defaultConfs[name] {
 		c.file(f, "/")
 	}
@@ -51,6 +54,8 @@ func (p *predictor) server(name string, args []string) {
 type confs struct {
 	p    *predictor
 	seen map[*Entry]bool
+	// words and patterns may still be looked at.
+	words, patterns int
 }
 
 // file takes in a file that a configuration names. prefix is what relative names in it
@@ -70,7 +75,7 @@ func (c *confs) file(name, prefix string) {
 	}
 	c.p.entry(e)
 	text := c.p.r.text(e)
-	if bytes.IndexByte(text, 0) >= 0 || e.Executable() {
+	if bytes.IndexByte(text, 0) >= 0 {
 		return
 	}
 	dir := "/" + path.Dir(real)
@@ -89,7 +94,7 @@ func (c *confs) file(name, prefix string) {
 
 // word follows one word of a configuration if it looks like a file's name.
 func (c *confs) word(word, dir, prefix string) {
-	if !strings.ContainsAny(word, "./") || len(word) > maxPathBytes || word == "/" || word == "." || word == ".." {
+	if c.words--; c.words < 0 || !strings.ContainsAny(word, "./") || len(word) > maxPathBytes || word == "/" || word == "." || word == ".." {
 		return
 	}
 	from := []string{"/"}
@@ -104,6 +109,9 @@ func (c *confs) word(word, dir, prefix string) {
 		if !strings.ContainsAny(word, "*?[") {
 			c.file(name, prefix)
 			continue
+		}
+		if c.patterns--; c.patterns < 0 {
+			return
 		}
 		for _, match := range c.p.tree.Glob(name) {
 			c.file(match, prefix)

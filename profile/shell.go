@@ -54,7 +54,9 @@ func (s *shellScanner) command() (words []string) {
 			if s.at < len(s.text) && (s.text[s.at] == '<' || s.text[s.at] == '>') && strings.Trim(s.text[from:s.at], "0123456789") == "" {
 				continue // the number of a redirected descriptor
 			}
-			words = append(words, w)
+			if w != "" || strings.ContainsAny(s.text[from:s.at], `"'`) { // an empty variable is no word
+				words = append(words, w)
+			}
 		}
 	}
 	return words
@@ -118,7 +120,7 @@ func (s *shellScanner) variable(w *strings.Builder) {
 		s.at += 2
 		return
 	case strings.HasPrefix(rest, "{"):
-		end := strings.IndexByte(rest, '}')
+		end := strings.IndexByte(rest[:min(len(rest), maxStringBytes)], '}')
 		if end < 0 {
 			break
 		}
@@ -132,7 +134,7 @@ func (s *shellScanner) variable(w *strings.Builder) {
 			name, fallback = plain, other
 		}
 	default:
-		for n < len(rest) && isName(rest[:n+1]) {
+		for n < len(rest) && isNameByte(rest[n], n) {
 			n++
 		}
 		name = rest[:n]

@@ -186,6 +186,9 @@ func (t *Tree) Resolve(name string) (e *Entry, real string) { return t.walk(name
 // Lookup is Resolve but for the last part of the name, which is taken as it is.
 func (t *Tree) Lookup(name string) (e *Entry, real string) { return t.walk(name, false) }
 
+// maxSteps bounds one lookup, where links lead back and forth.
+const maxSteps = 4096
+
 func (t *Tree) walk(name string, followLast bool) (*Entry, string) {
 	if len(name) > maxPathBytes {
 		return nil, ""
@@ -196,8 +199,11 @@ func (t *Tree) walk(name string, followLast bool) (*Entry, string) {
 	}
 	at := []level{{t.root, ""}}
 	rest := strings.Split(name, "/")
-	links := 0
+	links, steps := 0, 0
 	for len(rest) > 0 {
+		if steps++; steps > maxSteps {
+			return nil, ""
+		}
 		part := rest[0]
 		rest = rest[1:]
 		switch part {

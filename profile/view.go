@@ -13,7 +13,7 @@ import (
 type View struct {
 	Tree *Tree
 	// Read returns n bytes at offset of a regular file of that layer; fewer only at
-	// the file's end.
+	// the file's end. Reads are small, and mostly follow each other in a file.
 	Read func(ctx context.Context, layer int, e *Entry, offset, n int64) ([]byte, error)
 }
 
@@ -26,9 +26,9 @@ const (
 	blockBytes   = 64 << 10
 )
 
-// errSpent ends a prediction early: it has read all that it may. What was found
-// stays.
-var errSpent = errors.New("a prediction has read all that it may")
+// errSpent ends a prediction early: it has read, or looked for, all that it may. What was
+// found stays.
+var errSpent = errors.New("a prediction has done all that it may")
 
 // reader reads files of a view, within the bound. Once a read failed, all do.
 type reader struct {
