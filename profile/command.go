@@ -7,7 +7,8 @@ import (
 )
 
 const (
-	// maxCommands bounds the programs that are looked into: entry scripts call many.
+	// maxCommands bounds the programs and scripts that are looked into: entry scripts call
+	// many.
 	maxCommands = 64
 	// maxDepth bounds programs that run programs.
 	maxDepth = 8
@@ -187,7 +188,7 @@ func (p *predictor) script(text string, args []string, depth int) {
 			}
 			continue
 		case ".", "source":
-			if len(words) > 1 {
+			if p.commands++; len(words) > 1 && p.commands <= maxCommands {
 				if e, _ := p.regular(p.inDir(words[1])); e != nil && depth < maxDepth {
 					p.entry(e)
 					p.script(string(p.r.text(e)), args, depth+1)

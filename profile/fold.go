@@ -57,7 +57,7 @@ func (s *Summary) Profile(share float64) accel.Profile {
 			contents[f][i.Content]++
 		}
 	}
-	var all []segment
+	all := make([]segment, 0, len(uses))
 	for f, u := range uses {
 		all = append(all, s.fold(f, mostSaid(contents[f]), u, complete, share)...)
 	}

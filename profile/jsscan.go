@@ -26,7 +26,6 @@ type jsScanner struct {
 	text     string
 	at       int
 	depth    int // of braces
-	parens   int
 	top, all []jsImport
 	// regexp says that a slash would begin a regular expression here, not divide.
 	regexp bool

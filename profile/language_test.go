@@ -54,6 +54,16 @@ func TestPredictPython(t *testing.T) {
 	wants(t, files, in("python3", "-u", "-m", "pkg"), boot+" "+pkg+json+math+site+"pkg/__main__.py "+lib+"json/tool.py")
 	wants(t, files, in("python3", "-W", "ignore", "-c", "import late"), boot+" srv/late.py")
 	wants(t, files, in("python3", "."), boot+" srv/__main__.py srv/late.py")
+	// What settings name, and a server's directory.
+	files["prj/site.py"] = "x = ['shop.apps.Config', 'app', \"pkg.never\"]\ndef f(): return 'pkg.deep'\nROOT = 'shop.urls'\nimport django, vendor\n"
+	files["prj/shop/__init__.py"], files["prj/shop/apps.py"], files["prj/shop/urls.py"] = "s", "a", "u"
+	files[site+"django/__init__.py"] = "x = 'json.tool'"
+	files[site+"vendor/__init__.py"], files[site+"vendor/extern/__init__.py"], files[site+"vendor/_vendor/__init__.py"], files[site+"vendor/_vendor/own.py"] = "from vendor.extern import own", "e", "v", "o"
+	files["usr/local/bin/uvicorn"] = "#!/usr/local/bin/python3\n"
+	wants(t, files, profile.Start{Cmd: []string{"uvicorn", "--app-dir", "/prj/", "site2:app"}}, "usr/local/bin/uvicorn "+boot)
+	files["prj/site2.py"], files["prj/site.py"] = files["prj/site.py"], "never"
+	wants(t, files, profile.Start{Cmd: []string{"uvicorn", "--app-dir", "/prj/", "site2:app"}}, "usr/local/bin/uvicorn "+boot+" prj/site2.py "+site+"django/__init__.py "+
+		site+"vendor/__init__.py "+site+"vendor/extern/__init__.py "+site+"vendor/_vendor/__init__.py "+site+"vendor/_vendor/own.py prj/shop/__init__.py prj/shop/apps.py "+site+"pkg/__init__.py "+site+"pkg/sub.py "+site+"pkg/deep/er.py "+site+"extra/far.py "+json+math+site+"pkg/never.py prj/shop/urls.py")
 	venvBoot := "usr/local/bin/python3.12 venv/pyvenv.cfg " + lib + "encodings/__pycache__/__init__.cpython-312.pyc " + lib + "encodings/aliases.py " + lib + "encodings/utf_8.py "
 	wants(t, files, in("/venv/bin/python", "v.py"), venvBoot+"srv/v.py venv/lib/python3.12/site-packages/only.py")
 	gunicorn := "venv/lib/python3.12/site-packages/gunicorn/"

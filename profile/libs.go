@@ -299,7 +299,8 @@ func (p *predictor) addELF(e *Entry, f *elfFile) {
 	}
 	head := func(n int, l load) bool { return n == 0 && l.flags&(pfExecute|pfWrite) == 0 }
 	maxCode, maxReadOnly := int64(maxCodeBytes), int64(maxReadOnlyBytes)
-	if p.extensions {
+	// All of OpenSSL's code is walked through: it tests and registers itself.
+	if p.extensions && !strings.HasPrefix(path.Base(e.Path), "libcrypto.so") {
 		maxCode, maxReadOnly = maxExtensionBytes, maxExtensionBytes
 	}
 	add(head, maxHeadBytes)

@@ -224,6 +224,7 @@ func TestPredictCommands(t *testing.T) {
 	loop := imageOf(t, map[string]string{"bin/sh": bin, "a": "#!/b\n", "b": "#!/a\n", "c": "#!/bin/sh\n. /c\n/c\n"})
 	predicted(t, loop, profile.Start{Cmd: []string{"/a"}})
 	predicted(t, loop, profile.Start{Cmd: []string{"/c"}})
+	predicted(t, imageOf(t, map[string]string{"bin/sh": bin, "c": strings.Repeat(". /c\n", 100)}), profile.Start{Cmd: []string{"sh", "/c"}})
 }
 
 func TestPredictNginx(t *testing.T) {

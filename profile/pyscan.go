@@ -16,8 +16,9 @@ const (
 
 // pyImports finds a module's imports in its source. Those in functions run later and
 // do not count, nor do those for another system, another version or type checkers. main
-// says that the module is the program.
-func pyImports(source string, main bool) (found []pyImport) {
+// says that the module is the program. dotted are the strings that may be modules' names,
+// as settings have them.
+func pyImports(source string, main bool) (found []pyImport, dotted []string) {
 	s := pyScanner{text: source}
 	skipDeeper := -1 // lines that are indented deeper than this are in a block that is left out
 	for n := 0; n < maxPyLines && len(found) < maxPyImports; n++ {
@@ -25,11 +26,16 @@ func pyImports(source string, main bool) (found []pyImport) {
 		if !ok {
 			break
 		}
+		names := s.dotted
+		s.dotted = nil
 		if skipDeeper >= 0 {
 			if indent > skipDeeper {
 				continue
 			}
 			skipDeeper = -1
+		}
+		if len(dotted) < maxPyImports {
+			dotted = append(dotted, names...)
 		}
 		word := line
 		if end := strings.IndexAny(line, " \t(:."); end >= 0 {
@@ -60,7 +66,7 @@ func pyImports(source string, main bool) (found []pyImport) {
 			found = append(found, pyStatement(strings.TrimSpace(statement))...)
 		}
 	}
-	return found
+	return found, dotted
 }
 
 // pyHolds says whether a condition may hold on Linux, today, at the start.
@@ -120,8 +126,9 @@ func pyStatement(line string) (found []pyImport) {
 // pyScanner reads Python's logical lines: comments left out, brackets and continued
 // lines joined, long strings emptied.
 type pyScanner struct {
-	text string
-	at   int
+	text   string
+	at     int
+	dotted []string // strings like "a.b.c" since they were taken last
 }
 
 func (s *pyScanner) line() (line string, indent int, ok bool) {
@@ -195,6 +202,9 @@ func (s *pyScanner) quoted() string {
 		case strings.HasPrefix(s.text[s.at:], quote):
 			s.at += len(quote)
 			if w := s.text[from:s.at]; !long && len(w) <= maxPyQuoted && !strings.ContainsAny(w, ";:") {
+				if name := w[1 : len(w)-1]; strings.Contains(name, ".") && isDotted(name) {
+					s.dotted = append(s.dotted, name)
+				}
 				return w
 			}
 			return `""`

@@ -19,6 +19,7 @@ type pythonStart struct {
 	minor   int    // of Python 3
 	tag     string // in the names of compiled modules: "cpython-311"
 	suffix  string // of extension modules
+	stdlib  string
 	path    []string
 	modules map[string]*pyModule // by full name
 }
@@ -31,7 +32,7 @@ type pyModule struct {
 // pyFrozen are part of the interpreter from 3.11 on.
 var pyFrozen = map[string]bool{
 	"_collections_abc": true, "_sitebuiltins": true, "abc": true, "codecs": true, "genericpath": true, "importlib.machinery": true, "importlib.util": true,
-	"io": true, "ntpath": true, "os": true, "posixpath": true, "runpy": true, "site": true, "stat": true, "zipimport": true, "importlib": true, "importlib._bootstrap": true,
+	"io": true, "ntpath": true, "os": true, "posixpath": true, "runpy": true, "site": true, "stat": true, "zipimport": true, "importlib": true, "importlib._bootstrap": true, "importlib._bootstrap_external": true,
 }
 
 // pyServers import by names that they make, or get as arguments.
@@ -61,7 +62,7 @@ func (p *predictor) python(called, real string, args []string) {
 		switch option[len(option)-1] {
 		case 'c':
 			s.path = append([]string{p.cwd}, s.path...)
-			s.source(args[0], "__main__", false, true, 0)
+			s.source(args[0], "__main__", false, true, true, 0)
 			return
 		case 'm':
 			s.path = append([]string{p.cwd}, s.path...)
@@ -85,7 +86,7 @@ func (p *predictor) python(called, real string, args []string) {
 	}
 	p.entry(e)
 	s.path = append([]string{"/" + path.Dir(script)}, s.path...)
-	s.source(string(p.r.text(e)), "__main__", false, true, 0)
+	s.source(string(p.r.text(e)), "__main__", false, true, true, 0)
 	s.server(path.Base(args[0]), args[1:])
 }
 
@@ -116,6 +117,7 @@ func (s *pythonStart) home(called, real string) bool {
 			s.path = append(s.path, s.p.inDir(d))
 		}
 	}
+	s.stdlib = stdlib
 	s.path = append(s.path, stdlib, dynload)
 	sites := []string{path.Join("/usr/local/lib", version, "dist-packages"), "/usr/lib/python3/dist-packages", path.Join("/usr/local/lib", version, "site-packages"), path.Join(stdlib, "site-packages")}
 	venv := path.Dir(path.Dir(called))
@@ -152,7 +154,7 @@ func (s *pythonStart) pth(site string) {
 				continue
 			}
 			if strings.HasPrefix(line, "import ") {
-				s.source(line, "", false, false, 0)
+				s.source(line, "", false, false, false, 0)
 			} else if d := path.Join(site, line); path.IsAbs(line) {
 				s.path = append(s.path, line)
 			} else {
@@ -179,6 +181,10 @@ func (s *pythonStart) server(program string, args []string) {
 	for _, a := range args {
 		if _, value, ok := strings.Cut(a, "="); ok && strings.HasPrefix(a, "-") {
 			a = value
+		}
+		if e, real := s.p.resolve(s.p.inDir(a)); strings.Contains(a, "/") && e != nil && e.Kind == "dir" {
+			s.path = append([]string{"/" + real}, s.path...) // --chdir and its like
+			continue
 		}
 		module, _, _ := strings.Cut(a, ":")
 		module = strings.TrimSuffix(module, ".py")
@@ -254,6 +260,11 @@ func (s *pythonStart) load(name string, depth int) *pyModule {
 		}
 		s.modules[name] = nil
 	}
+	if before, after, ok := strings.Cut(name, ".extern."); ok && namespace == nil { // as pkg_resources has others' packages
+		vendored := s.load(before+"._vendor."+after, depth+1)
+		s.modules[name] = vendored
+		return vendored
+	}
 	if namespace != nil {
 		m.dirs = namespace
 		s.modules[name] = m
@@ -282,15 +293,17 @@ func (s *pythonStart) file(stem, name string, isPackage bool, depth int) bool {
 		default:
 			s.p.entry(e)
 		}
-		s.source(string(s.p.r.text(e)), name, isPackage, false, depth)
+		s.source(string(s.p.r.text(e)), name, isPackage, false, !strings.Contains(real, "-packages/") && !strings.HasPrefix("/"+real, s.stdlib), depth)
 		return true
 	}
 	return s.p.whole(stem+".pyc") != nil
 }
 
-// source imports what a module's source does.
-func (s *pythonStart) source(text, name string, isPackage, main bool, depth int) {
-	for _, i := range pyImports(text, main) {
+// source imports what a module's source does. own says that it is neither the library's nor
+// a package's that was installed.
+func (s *pythonStart) source(text, name string, isPackage, main, own bool, depth int) {
+	imports, dotted := pyImports(text, main)
+	for _, i := range imports {
 		module := i.module
 		if i.level > 0 {
 			base := name
@@ -312,6 +325,23 @@ func (s *pythonStart) source(text, name string, isPackage, main bool, depth int)
 		}
 		for _, n := range i.names {
 			s.load(module+"."+n, depth+1)
+		}
+	}
+	if own {
+		s.named(dotted, depth)
+	}
+}
+
+// named loads modules that the image's own source names in strings, such as Django's
+// settings.
+func (s *pythonStart) named(dotted []string, depth int) {
+	for _, name := range dotted {
+		m := s.load(name, depth+1)
+		if parent, _, _ := cutLast(name); m == nil {
+			s.load(parent, depth+1) // a class in it
+		} else if m.dirs != nil && s.modules["django"] != nil {
+			s.load(name+".apps", depth+1)
+			s.load(name+".models", depth+1)
 		}
 	}
 }

@@ -26,6 +26,7 @@ var may = map[string][]string{
 	"accel/registry":            {"accel", "accel/internal/keylock"},
 	"accel/trust":               {"accel"},
 	"accel/cache":               {"accel"},
+	"accel/profile":             {"accel"},
 	"accel/mirror":              {"accel", "accel/cache", "accel/registry", "accel/internal/keylock"},
 	"accel/fleet":               {"accel"},
 	"accel/worker":              {"accel", "accel/readiness", "accel/convert", "accel/registry", "accel/trust", "accel/internal/keylock"},
