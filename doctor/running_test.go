@@ -209,7 +209,7 @@ func TestRunningNode(t *testing.T) {
 	}
 	ended := make(chan error, 1)
 	go func() {
-		err := n.Run(ctx, mirror, admin)
+		err := n.Run(ctx, node.Listeners{Mirror: mirror, Admin: admin})
 		ended <- errors.Join(err, n.Close())
 	}()
 	m.o.Node = node.NewClient(filepath.Join(dir, "s"))

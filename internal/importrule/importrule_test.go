@@ -29,6 +29,7 @@ var may = map[string][]string{
 	"accel/snapshot":            {"accel"},
 	"accel/prefetch":            {"accel", "accel/internal/deflate"},
 	"accel/lazyfs":              {"accel", "accel/internal/keylock"},
+	"accel/profile":             {"accel"},
 	"accel/mirror":              {"accel", "accel/cache", "accel/registry", "accel/internal/keylock"},
 	"accel/fleet":               {"accel"},
 	"accel/worker":              {"accel", "accel/readiness", "accel/convert", "accel/registry", "accel/trust", "accel/internal/keylock"},
