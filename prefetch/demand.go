@@ -100,6 +100,7 @@ func (f *Filler) Fill(ctx context.Context, d digest.Digest, first, n int) error 
 	}
 	f.touches++
 	l.touched = f.touches
+	l.link.missed = began
 	l.waiters[w] = struct{}{}
 	l.users++
 	f.mu.Unlock()
