@@ -288,11 +288,14 @@ func (l *Lazy) ask(key imageKey, name string) (*answer, error) {
 		defer close(a.done)
 		ctx, cancel := context.WithTimeout(running, resolveTime)
 		defer cancel()
+		began := time.Now()
 		a.img, a.err = l.resolve(ctx, name, key.repository, key.manifest)
+		resolved := time.Since(began)
 		if a.err == nil {
 			a.err = l.prepare(ctx, a.img)
 		}
 		a.at = time.Now()
+		l.o.Log.Debug("an image was looked at", "image", name, "found", resolved, "ready", a.at.Sub(began))
 		l.metrics.count(a.img, a.err)
 		l.tell(name, key.manifest, a.err)
 	})
