@@ -69,6 +69,7 @@ func (s *Summary) Add(r Report) (changed bool, err error) {
 		return false, fmt.Errorf("%w: report %.40q is about %.100q, not %s", accel.ErrInvalid, r.ID, r.Manifest, s.manifest)
 	}
 	r.Items = bounded(r.Items, MaxItems, MaxHotBytes)
+	r.Took, r.Profile = 0, "" // how it went is not what it read, and is not kept
 	b, err := EncodeReport(r)
 	if err != nil {
 		return false, err
