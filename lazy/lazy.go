@@ -49,6 +49,7 @@ type Options struct {
 	// RunDir is a short path on tmpfs: the holder's socket and mounts.
 	RunDir  string
 	Version string
+	Node    string // the node's name, for reports
 	// Holder is the command that runs the holder process (lazyfs.Options.Holder).
 	Holder   []string
 	Store    *cache.Store
@@ -86,6 +87,11 @@ type Lazy struct {
 	checks  chan digest.Digest // complete layers whose DiffID is to be computed
 	pulls   pulls
 	rates   rates
+
+	starts    *starts
+	profiles  profiles
+	reports   reports
+	reporting sync.Mutex // one report is made at a time
 
 	mu      sync.Mutex
 	running context.Context // Run's; nil: it does not run
@@ -130,8 +136,14 @@ func New(o Options) (*Lazy, error) {
 	if o.Record == nil {
 		l.pulls.record = func(accel.Pull) {}
 	}
-	err := os.MkdirAll(l.origins.dir, 0o700)
-	if err != nil {
+	l.profiles.dir, l.reports = filepath.Join(o.Dir, "profiles"), reports{filepath.Join(o.Dir, "starts"), make(chan struct{}, 1)}
+	for _, dir := range []string{l.origins.dir, l.profiles.dir, l.reports.dir} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, err
+		}
+	}
+	var err error
+	if l.starts, err = newStarts(); err != nil {
 		return nil, err
 	}
 	if l.metrics, err = newMetrics(o.Registerer, l); err != nil {
@@ -204,6 +216,7 @@ func (l *Lazy) Run(ctx context.Context) error {
 	g.Go(func() error { return l.sweep(ctx) })
 	g.Go(func() error { return l.check(ctx) })
 	g.Go(func() error { return l.measure(ctx) })
+	g.Go(func() error { return l.report(ctx) })
 	g.Go(func() error {
 		if err := l.host.Retire(ctx); err != nil && ctx.Err() == nil {
 			l.o.Log.Warn("holders of older versions stay", "error", err)
@@ -245,6 +258,7 @@ func (l *Lazy) Layer(ctx context.Context, r snapshot.Request) (snapshot.Lazy, er
 		return snapshot.Lazy{}, declined("layer %s is not one of image %s under chain ID %s", r.Layer, r.Reference, r.Chain)
 	}
 	l.pulls.asked(img)
+	l.starts.asked(img)
 	return snapshot.Lazy{Layer: img.layers[i].Digest}, nil
 }
 
@@ -288,15 +302,37 @@ func (l *Lazy) ask(key imageKey, name string) (*answer, error) {
 		defer close(a.done)
 		ctx, cancel := context.WithTimeout(running, resolveTime)
 		defer cancel()
-		a.img, a.err = l.resolve(ctx, name, key.repository, key.manifest)
-		if a.err == nil {
-			a.err = l.prepare(ctx, a.img)
-		}
+		a.img, a.err = l.lookAt(ctx, running, name, key)
 		a.at = time.Now()
 		l.metrics.count(a.img, a.err)
 		l.tell(name, key.manifest, a.err)
 	})
 	return a, nil
+}
+
+// lookAt resolves an image and opens its layers. What is fetched ahead of its start is looked for meanwhile, and
+// not waited for; running is for what goes on then.
+func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey) (*image, error) {
+	source, err := l.o.Registry.Source(key.repository, "")
+	if err != nil {
+		return nil, declined("registry of %s: %v", key.repository, err)
+	}
+	searching, cancel := context.WithTimeout(running, resolveTime)
+	there := l.attachedTo(searching, source, key.manifest)
+	found := l.lookForProfile(searching, there)
+	img, err := l.resolve(ctx, name, there)
+	if err == nil {
+		err = l.prepare(ctx, img)
+	}
+	if err != nil {
+		cancel()
+		return img, err
+	}
+	l.work.Go(func() {
+		defer cancel()
+		l.fetchAhead(searching, img, found)
+	})
+	return img, nil
 }
 
 // tell says once for each look at an image why it is not mounted lazily.

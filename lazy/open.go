@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"accel"
@@ -163,9 +164,7 @@ func (l *Lazy) completed(y *openLayer) {
 	l.mu.Lock()
 	ctx := l.running
 	l.mu.Unlock()
-	if err := l.host.Complete(ctx, y.Digest()); err != nil && ctx.Err() == nil {
-		l.o.Log.Warn("a complete layer is served through the holder still", "layer", y.Digest(), "error", err)
-	}
+	l.unhold(ctx, y.Digest())
 	l.wantCheck(y)
 }
 
@@ -188,7 +187,28 @@ func (l *Lazy) mount(ctx context.Context, d digest.Digest, target string) error 
 	if err := l.openLayer(ctx, d, nil); err != nil {
 		return err
 	}
-	return l.host.Mount(ctx, d, target)
+	l.mu.Lock()
+	y := l.open[d]
+	l.mu.Unlock()
+	lazily := y != nil && !y.Complete()
+	if lazily {
+		l.starts.mounting(d)
+		if !l.starts.recorded(d) {
+			y.ResetReads()
+		}
+	}
+	err := l.host.Mount(ctx, d, target)
+	// One that is complete now may have been when it was mounted.
+	if lazily = lazily && err == nil; lazily && y.Complete() {
+		lazily = l.mountedLazily(target)
+	}
+	l.starts.mounted(d, lazily)
+	return err
+}
+
+func (l *Lazy) mountedLazily(target string) bool {
+	mounts, err := l.host.Mounts()
+	return err == nil && slices.ContainsFunc(mounts, func(m lazyfs.MountInfo) bool { return m.Target == target && m.Lazy })
 }
 
 // Unmount implements snapshot.Mounts.
@@ -203,6 +223,9 @@ func (l *Lazy) sweep(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
+		}
+		for _, d := range l.starts.overdue() {
+			l.unhold(ctx, d)
 		}
 		mounted := map[digest.Digest]bool{}
 		mounts, err := l.host.Mounts()
@@ -252,6 +275,7 @@ func (l *Lazy) closeLayer(ctx context.Context, d digest.Digest) error {
 	if err := l.host.Remove(ctx, d); err != nil && !errors.Is(err, lazyfs.ErrUnknown) {
 		return err
 	}
+	l.starts.closed(d)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	delete(l.open, d)

@@ -55,7 +55,7 @@ func (n *Node) openMounts(ctx context.Context) (_ *mounts, err error) {
 	}
 	m := &mounts{log: n.o.Log}
 	m.lazy, err = lazy.New(lazy.Options{
-		Dir: filepath.Join(n.o.Dir, "lazy"), RunDir: o.RunDir, Version: n.o.Version, Holder: o.Holder,
+		Dir: filepath.Join(n.o.Dir, "lazy"), RunDir: o.RunDir, Version: n.o.Version, Node: n.o.Name, Holder: o.Holder,
 		Store: n.store, Registry: n.o.Registry, Server: n.o.Server, Keys: keys,
 		Off: o.Off, Except: o.Except, Stargz: o.Stargz, BackgroundBytesPerSecond: o.BackgroundBytesPerSecond,
 		SetAside: m.setAside, Remount: m.remount, Record: n.meter.Record, Registerer: n.o.Metrics, Log: n.o.Log,
@@ -69,7 +69,7 @@ func (n *Node) openMounts(ctx context.Context) (_ *mounts, err error) {
 		}
 	}()
 	m.Snapshotter, err = snapshot.Open(ctx, snapshot.Options{
-		Dir: snapshotsDir(n.o.Dir), Images: m.lazy, Mounts: m.lazy, Pins: n.store, RemapIDs: snapshot.CanRemapIDs(),
+		Dir: snapshotsDir(n.o.Dir), Images: m.lazy, Mounts: m.lazy, Pins: n.store, RemapIDs: snapshot.CanRemapIDs(), Observe: m.lazy.Observe,
 		Registerer: n.o.Metrics, Log: n.o.Log,
 	})
 	if err != nil {
