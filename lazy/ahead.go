@@ -152,3 +152,17 @@ func (w *wave) used(bytes func(d digest.Digest, chunk int) int64, read func(d di
 	}
 	return a
 }
+
+// AheadOf is what was fetched ahead of an image's start, since the node started; nil where that is nothing.
+func (l *Lazy) AheadOf(manifest digest.Digest) *Ahead {
+	img, known := l.starts.images.Get(manifest)
+	if !known {
+		return nil
+	}
+	w := img.wave.Load()
+	if w == nil {
+		return nil
+	}
+	a := w.Ahead
+	return &a
+}

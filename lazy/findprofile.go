@@ -46,8 +46,8 @@ func (l *Lazy) lookForProfile(ctx context.Context, there *attached) <-chan found
 	answer := make(chan found, 1)
 	l.work.Go(func() {
 		f, err := l.findProfile(ctx, there)
-		if err != nil && !errors.Is(err, accel.ErrNotFound) && ctx.Err() == nil {
-			l.o.Log.Info("an image's profile cannot be had", "manifest", there.manifest, "error", err)
+		if err != nil && ctx.Err() == nil {
+			l.o.Log.Debug("an image has no profile", "manifest", there.manifest, "reason", err)
 		}
 		answer <- f
 	})

@@ -328,6 +328,12 @@ func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey) (
 		cancel()
 		return img, err
 	}
+	l.mu.Lock()
+	for _, y := range img.layers {
+		open := l.open[y.Digest]
+		img.cold = img.cold || open == nil || !open.Complete()
+	}
+	l.mu.Unlock()
 	l.work.Go(func() {
 		defer cancel()
 		l.fetchAhead(searching, img, found)

@@ -190,22 +190,18 @@ func (l *Lazy) mount(ctx context.Context, d digest.Digest, target string) error 
 	l.mu.Lock()
 	y := l.open[d]
 	l.mu.Unlock()
-	lazily := y != nil && !y.Complete()
-	if lazily {
-		l.starts.mounting(d)
-		if !l.starts.recorded(d) {
-			y.ResetReads()
-		}
+	if y == nil || !l.starts.mounting(d) {
+		return l.host.Mount(ctx, d, target)
 	}
-	err := l.host.Mount(ctx, d, target)
-	// One that is complete now may have been when it was mounted.
-	if lazily = lazily && err == nil; lazily && y.Complete() {
-		lazily = l.mountedLazily(target)
+	if !l.starts.recorded(d) {
+		y.ResetReads()
 	}
-	l.starts.mounted(d, lazily)
+	err := l.host.MountWatched(ctx, d, target)
+	l.starts.mounted(d, err == nil && l.mountedLazily(target))
 	return err
 }
 
+// mountedLazily reports whether reads at a place go through a holder: one that was there is left as it is.
 func (l *Lazy) mountedLazily(target string) bool {
 	mounts, err := l.host.Mounts()
 	return err == nil && slices.ContainsFunc(mounts, func(m lazyfs.MountInfo) bool { return m.Target == target && m.Lazy })

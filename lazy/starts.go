@@ -59,7 +59,8 @@ type starts struct {
 	mu     sync.Mutex
 	images *lru.Cache[digest.Digest, *image]    // that were asked for, by manifest
 	enough *lru.Cache[digest.Digest, time.Time] // images of which no more recordings are wanted until then
-	// fresh layers were mounted lazily in this daemon's time, and no container was started on them since.
+	// fresh layers were mounted anew in this daemon's time, so that their reads are seen, and no container was started on
+	// them since.
 	fresh map[digest.Digest]bool
 	// held layers stay with the holder when they are complete, until then at the latest.
 	held  map[digest.Digest]time.Time
@@ -87,16 +88,18 @@ func (s *starts) wants(manifest digest.Digest) bool {
 	return !known || time.Now().After(until)
 }
 
-// mounting says, before a layer is mounted that is not complete, that its first start may be recorded.
-func (s *starts) mounting(d digest.Digest) {
+// mounting says, before a layer is mounted, that its first start is to be recorded: the layer is mounted through the
+// holder then, and stays there when it is complete. Only starts of images of which something was missing are.
+func (s *starts) mounting(d digest.Digest) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, img := range s.images.Values() {
-		if s.wants(img.manifest) && slices.ContainsFunc(img.layers, func(y layer) bool { return y.Digest == d }) {
+		if img.cold && s.wants(img.manifest) && slices.ContainsFunc(img.layers, func(y layer) bool { return y.Digest == d }) {
 			s.held[d] = time.Now().Add(holdTime)
-			return
+			return true
 		}
 	}
+	return false
 }
 
 // recorded reports whether a recording has the layer just now.
@@ -282,7 +285,7 @@ func (l *Lazy) Starts() []Start {
 	s := l.starts
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	all := slices.Clone(s.past)
+	all := append([]Start{}, s.past...)
 	seen := map[*recording]bool{}
 	for _, r := range s.under {
 		if !seen[r] {

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"accel"
 	"accel/cache"
 	"accel/lazy"
 	"accel/snapshot"
@@ -153,6 +154,7 @@ type MountedImage struct {
 	SizeBytes    int64         `json:"sizeBytes"`
 	LocalPercent float64       `json:"localPercent"`
 	BytesPerSec  float64       `json:"bytesPerSecond"`
+	Ahead        *lazy.Ahead   `json:"ahead,omitempty" doc:"what was fetched ahead of its start, by a profile"`
 	Misses       int64         `json:"misses" doc:"reads that had to wait, since the node started"`
 	Waited       time.Duration `json:"waitedNs"`
 }
@@ -181,7 +183,10 @@ func (n *Node) mounted() []MountedImage {
 		k := key{s.Request.Reference, s.Request.Manifest}
 		m := images[k]
 		if m == nil {
-			m = &MountedImage{Image: k.reference, Digest: k.manifest, Layers: []lazy.LayerState{}, Bad: map[string]string{}}
+			m = &MountedImage{
+				Image: k.reference, Digest: k.manifest, Layers: []lazy.LayerState{}, Bad: map[string]string{},
+				Ahead: n.mounts.lazy.AheadOf(k.manifest),
+			}
 			images[k], seen[k] = m, map[digest.Digest]bool{}
 			order = append(order, k)
 		}
@@ -212,4 +217,24 @@ func (m *MountedImage) add(s lazy.LayerState) {
 	m.BytesPerSec += s.BytesPerSecond
 	m.Misses += s.Misses
 	m.Waited += s.Waited
+}
+
+// Answered names a container whose program answers.
+type Answered struct {
+	Container string `json:"container" minLength:"1" maxLength:"512" doc:"its ID"`
+}
+
+// starts are those that were recorded, or are being.
+func (n *Node) starts() []lazy.Start {
+	if n.mounts == nil {
+		return []lazy.Start{}
+	}
+	return n.mounts.lazy.Starts()
+}
+
+func (n *Node) answered(container string) error {
+	if n.mounts == nil {
+		return fmt.Errorf("%w: this node mounts nothing", accel.ErrNotFound)
+	}
+	return n.mounts.lazy.Answered(container)
 }

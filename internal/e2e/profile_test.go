@@ -1,0 +1,97 @@
+package e2e
+
+import (
+	"errors"
+	"os"
+	"testing"
+	"time"
+
+	"accel"
+	"accel/internal/debimage"
+	"accel/internal/testbed"
+	"accel/lazy"
+	"accel/node"
+)
+
+// onDemand keeps the background from bringing everything before the program asks for it.
+const onDemand = "  background: 1KB"
+
+// pyContainer is where the tests here start debimage.PyWeb.
+const pyContainer = "web"
+
+// admin asks the node by its socket.
+func (n *nodeRun) admin() *node.Client {
+	c := node.NewClient(n.socket())
+	n.t.Cleanup(c.Close)
+	return c
+}
+
+// recordedStart pulls and starts debimage.PyWeb until it answers, ends it, and gives what was recorded of that.
+func (b *lazyBed) recordedStart(ref string) lazy.Start {
+	b.t.Helper()
+	b.pull(ref)
+	b.run("default", ref, pyContainer)
+	answers(b.t, pyURL)
+	client := b.node.admin()
+	must(b.t, client.Answered(b.t.Context(), pyContainer))
+	defer b.end("default", pyContainer)
+	for begin := time.Now(); ; time.Sleep(50 * time.Millisecond) {
+		starts, err := client.Starts(b.t.Context())
+		must(b.t, err)
+		if len(starts) > 0 && starts[0].End != "" {
+			if starts[0].Problem != "" {
+				b.t.Fatalf("the recording is lost: %s", starts[0].Problem)
+			}
+			return starts[0]
+		}
+		if time.Since(begin) > time.Minute {
+			b.t.Fatalf("the recording does not end: %+v\n%s", starts, b.node.log)
+		}
+	}
+}
+
+// wipe takes an image from containerd and from the node's cache.
+func (b *lazyBed) wipe(ref string) {
+	b.t.Helper()
+	_, err := b.c.Ctr(b.t.Context(), "images", "rm", "--sync", ref)
+	must(b.t, err)
+	client := b.node.admin()
+	for begin := time.Now(); ; time.Sleep(50 * time.Millisecond) { // containerd collects its snapshots a moment later
+		_, err := client.Remove(b.t.Context(), ref)
+		if err == nil || errors.Is(err, accel.ErrNotFound) {
+			break
+		}
+		if !errors.Is(err, accel.ErrConflict) || time.Since(begin) > time.Minute {
+			b.t.Fatalf("wipe %s: %v", ref, err)
+		}
+	}
+	b.reg.Reset()
+}
+
+// TestStartsAreRecorded: what a first start reads is recorded, and the next cold start finds it fetched ahead.
+func TestStartsAreRecorded(t *testing.T) {
+	needsClients(t)
+	img, err := debimage.PyWeb(t.Context(), os.Stderr)
+	must(t, err)
+	b := newLazyBed(t, testbed.Containerd2, onDemand)
+	ref, _ := pushTo(t, b.reg, "team/pyweb:v1", img)
+	b.convert(ref)
+
+	first := b.recordedStart(ref)
+	t.Logf("first: %+v", first)
+	if !first.Complete || first.End != "answered" || first.Ahead != nil {
+		t.Errorf("the first start is recorded as %+v", first)
+	}
+	if first.Files < 50 || first.Bytes < 5<<20 || first.Misses == 0 {
+		t.Errorf("too little was recorded: %+v", first)
+	}
+	b.wipe(ref)
+	second := b.recordedStart(ref)
+	t.Logf("second: %+v %+v", second, second.Ahead)
+	if second.Ahead == nil || second.Ahead.From != "node" {
+		t.Fatalf("nothing was fetched ahead of the second start: %+v\n%s", second, b.node.log)
+	}
+	if second.Misses > first.Misses/4 || second.MissBytes > first.MissBytes/4 {
+		t.Errorf("%d reads waited for %d bytes, the first time %d for %d", second.Misses, second.MissBytes, first.Misses, first.MissBytes)
+	}
+}
