@@ -83,6 +83,7 @@ type Lazy struct {
 	filler  *prefetch.Filler
 	origins origins
 	locks   keylock.Mutex // one for each layer
+	turns   keylock.Mutex // one for each layer: how it is mounted, by the plain file or through the holder
 	slots   chan struct{}
 	checks  chan digest.Digest // complete layers whose DiffID is to be computed
 	pulls   pulls

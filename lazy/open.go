@@ -190,13 +190,19 @@ func (l *Lazy) mount(ctx context.Context, d digest.Digest, target string) error 
 	l.mu.Lock()
 	y := l.open[d]
 	l.mu.Unlock()
+	// Lest the layer is turned to the plain file just after it was mounted to be watched.
+	unlock, err := l.turns.Lock(ctx, d.String())
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	if y == nil || !l.starts.mounting(d) {
 		return l.host.Mount(ctx, d, target)
 	}
 	if !l.starts.recorded(d) {
 		y.ResetReads()
 	}
-	err := l.host.MountWatched(ctx, d, target)
+	err = l.host.MountWatched(ctx, d, target)
 	l.starts.mounted(d, err == nil && l.mountedLazily(target))
 	return err
 }

@@ -196,9 +196,20 @@ func (l *Lazy) reportOf(r *recording) (profile.Report, error) {
 	}
 	report := r.recorder.Report(layers)
 	r.mu.Lock()
-	report.Complete = report.Complete && len(r.cut) == 0
+	report.Complete = report.Complete && len(r.cut) == 0 && l.allLazy(r)
 	r.mu.Unlock()
 	return report, nil
+}
+
+// allLazy reports whether nothing of a recording's layers is mounted otherwise than through a holder.
+func (l *Lazy) allLazy(r *recording) bool {
+	mounts, err := l.host.Mounts()
+	for _, m := range mounts {
+		if r.layers[m.Digest] && !m.Lazy {
+			return false
+		}
+	}
+	return err == nil
 }
 
 func anySet(bits []uint64) bool {

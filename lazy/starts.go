@@ -272,7 +272,15 @@ func (l *Lazy) unhold(ctx context.Context, d digest.Digest) {
 	l.mu.Lock()
 	y := l.open[d]
 	l.mu.Unlock()
-	if y == nil || !y.Complete() || l.starts.holds(d) {
+	if y == nil || !y.Complete() {
+		return
+	}
+	unlock, err := l.turns.Lock(ctx, d.String())
+	if err != nil {
+		return // the node ends
+	}
+	defer unlock()
+	if l.starts.holds(d) {
 		return
 	}
 	if err := l.host.Complete(ctx, d); err != nil && ctx.Err() == nil {

@@ -87,7 +87,7 @@ func TestStartsAreRecorded(t *testing.T) {
 	}
 	b.wipe(ref)
 	second := b.recordedStart(ref)
-	t.Logf("second: %+v %+v", second, second.Ahead)
+	t.Logf("second: %+v %+v\n%s", second, second.Ahead, b.node.log)
 	if second.Ahead == nil || second.Ahead.From != "node" {
 		t.Fatalf("nothing was fetched ahead of the second start: %+v\n%s", second, b.node.log)
 	}
