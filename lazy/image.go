@@ -38,6 +38,7 @@ type image struct {
 	manifest   digest.Digest
 	layers     []layer
 	chains     map[digest.Digest]int // chain ID -> index into layers
+	planned    chan struct{}         // closed when wave is what it will be
 	cold       bool                  // something of it was missing when it was looked at
 	wave       atomic.Pointer[wave]  // nil: nothing was fetched ahead
 }

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"accel"
@@ -32,8 +33,17 @@ type Snapshotter struct {
 // mounts are a node's lazy mounts: what containerd asks, and what mounts.
 type mounts struct {
 	*snapshot.Snapshotter
-	lazy *lazy.Lazy
-	log  *slog.Logger
+	lazy  *lazy.Lazy
+	log   *slog.Logger
+	asked atomic.Bool // by containerd, for the snapshot of a layer or of a container
+}
+
+// used reports whether containerd takes snapshots from this node.
+func (m *mounts) used() bool { return m.asked.Load() || len(m.Lazy()) > 0 }
+
+func (m *mounts) observe(e snapshot.Event) {
+	m.asked.Store(true)
+	m.lazy.Observe(e)
 }
 
 // snapshotsDir is where containerd's snapshots are in a node's folder.
@@ -70,7 +80,7 @@ func (n *Node) openMounts(ctx context.Context) (_ *mounts, err error) {
 		}
 	}()
 	m.Snapshotter, err = snapshot.Open(ctx, snapshot.Options{
-		Dir: snapshotsDir(n.o.Dir), Images: m.lazy, Mounts: m.lazy, Pins: n.store, RemapIDs: snapshot.CanRemapIDs(), Observe: m.lazy.Observe,
+		Dir: snapshotsDir(n.o.Dir), Images: m.lazy, Mounts: m.lazy, Pins: n.store, RemapIDs: snapshot.CanRemapIDs(), Observe: m.observe,
 		Registerer: n.o.Metrics, Log: n.o.Log,
 	})
 	if err != nil {
