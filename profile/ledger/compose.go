@@ -50,7 +50,7 @@ func (s *state) standing() (p accel.Profile, ok bool) {
 	if sum.Complete() == 0 {
 		for _, k := range []kind{partImported, partInherited, partPredicted} {
 			given, known := s.profile(k)
-			if !known || (len(given.Items) == 0 && k != partPredicted) {
+			if !known {
 				continue
 			}
 			if !ok {

@@ -200,12 +200,13 @@ func (l *Ledger) Learn(ctx context.Context, manifest digest.Digest, at Image, la
 	return l.change(ctx, manifest, true, func(s *state) error {
 		s.learnPlace(at)
 		s.row.Layers, s.touched = layers, true
+		s.row.Foretold = s.row.Foretold || g.Predicted != nil
 		s.used()
 		for k, items := range map[kind][]accel.ProfileItem{partPredicted: g.Predicted, partInherited: g.Inherited, partListed: g.Listed} {
 			if items == nil {
 				continue
 			}
-			if len(items) == 0 && k != partPredicted { // an empty prediction says that there was one
+			if len(items) == 0 {
 				s.remove(k)
 				continue
 			}

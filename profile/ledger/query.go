@@ -18,6 +18,8 @@ import (
 type ManifestStatus struct {
 	Manifest digest.Digest
 	Platform string
+	// Foretold says that a prediction was tried to its end.
+	Foretold bool
 	profile.Status
 }
 
@@ -64,7 +66,7 @@ func (l *Ledger) Status(ctx context.Context, manifest digest.Digest) (s Manifest
 		if err != nil {
 			return err
 		}
-		s = ManifestStatus{Manifest: manifest, Status: r.status()}
+		s = ManifestStatus{Manifest: manifest, Foretold: r.Foretold, Status: r.status()}
 		if len(r.Places) > 0 {
 			s.Platform = r.Places[len(r.Places)-1].Platform
 		}
@@ -78,7 +80,7 @@ func (l *Ledger) OfImage(ctx context.Context, image digest.Digest) (all []Manife
 	err = l.view(ctx, func(bt *bbolt.Tx) error {
 		all = nil
 		return l.eachOf(bt, image, func(r *row) {
-			s := ManifestStatus{Manifest: r.Manifest, Status: r.status()}
+			s := ManifestStatus{Manifest: r.Manifest, Foretold: r.Foretold, Status: r.status()}
 			for _, p := range r.Places {
 				if p.Image.Digest == image {
 					s.Platform = p.Platform
@@ -193,7 +195,7 @@ func (l *Ledger) Knows(ctx context.Context, manifest digest.Digest, at Image) (k
 		if err != nil {
 			return err
 		}
-		known = bt.Bucket(bucketParts).Get(partKey(manifest, partPredicted)) != nil && slices.ContainsFunc(r.Places, func(p place) bool { return p.Image == at })
+		known = r.Foretold && slices.ContainsFunc(r.Places, func(p place) bool { return p.Image == at })
 		return nil
 	})
 	if errors.Is(err, accel.ErrNotFound) {

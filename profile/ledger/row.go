@@ -63,6 +63,8 @@ type row struct {
 	Layers   int           `json:"layers"`
 	Places   []place       `json:"places"`
 	UsedAt   time.Time     `json:"usedAt"`
+	// Foretold says that the prediction was tried to its end, whatever became of it.
+	Foretold bool `json:"foretold,omitempty"`
 	// Bytes is the sum of the parts.
 	Bytes int64 `json:"bytes"`
 
