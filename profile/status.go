@@ -10,9 +10,9 @@ import (
 
 // Status is what the service tells of an image's profile beside the profile itself.
 type Status struct {
-	Origin accel.ProfileOrigin `json:"origin" enum:"recorded,predicted,inherited,imported,listed" doc:"how it came about"`
+	Origin accel.ProfileOrigin `json:"origin,omitempty" doc:"how it came about: recorded, imported, inherited, predicted or listed; absent where there is none"`
 	// Version is the digest of the profile's canonical form.
-	Version digest.Digest `json:"version" doc:"digest of the profile; it is the ETag too"`
+	Version digest.Digest `json:"version,omitempty" doc:"digest of the profile; it is the ETag too"`
 	Bytes   int64         `json:"bytes" doc:"content that it names"`
 	Items   int           `json:"items" doc:"parts of files that it names"`
 	// Starts is how many starts were reported in all, of which a sample is kept.
@@ -24,7 +24,7 @@ type Status struct {
 	With    StatusStarts `json:"withProfile" doc:"starts that were measured until the answer, with a profile fetched ahead"`
 	Without StatusStarts `json:"withoutProfile" doc:"those without"`
 	// UpdatedAt is when the profile became what it is.
-	UpdatedAt time.Time `json:"updatedAt"`
+	UpdatedAt time.Time `json:"updatedAt,omitzero"`
 }
 
 // StatusCoverage is a moving figure over starts.

@@ -31,7 +31,7 @@ var may = map[string][]string{
 	"accel/lazyfs":              {"accel", "accel/internal/keylock"},
 	"accel/profile":             {"accel"},
 	"accel/profile/artifact":    {"accel", "accel/profile", "accel/registry"},
-	"accel/profile/ledger":      {"accel", "accel/profile"},
+	"accel/profile/ledger":      {"accel", "accel/profile", "accel/internal/keylock"},
 	"accel/mirror":              {"accel", "accel/cache", "accel/registry", "accel/internal/keylock"},
 	"accel/fleet":               {"accel"},
 	"accel/worker":              {"accel", "accel/readiness", "accel/convert", "accel/registry", "accel/trust", "accel/profile", "accel/profile/artifact", "accel/profile/ledger", "accel/internal/keylock"},
