@@ -46,6 +46,9 @@ type span struct{ first, n int }
 // fetchAhead plans by the profile and has the plan fetched before all that nobody waits for.
 func (l *Lazy) fetchAhead(ctx context.Context, img *image, answer <-chan found) {
 	f := <-answer
+	if f.from == "" && ctx.Err() == nil {
+		f = l.profileAtTarget(ctx, img)
+	}
 	if f.from == "" || ctx.Err() != nil {
 		return
 	}

@@ -1,19 +1,14 @@
 package lazy
 
 import (
-	"bytes"
-	"compress/gzip"
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
-	"io"
 	"time"
 
 	"accel"
-	"accel/profile"
+	"accel/profile/artifact"
 
-	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -30,8 +25,6 @@ const (
 	serverTime = 2 * time.Second
 	// ownTime is the same where this node has recorded starts itself.
 	ownTime = 250 * time.Millisecond
-	// maxPackedProfileBytes bounds a profile's blob.
-	maxPackedProfileBytes = 1 << 20
 )
 
 // found is a profile, or that there is none.
@@ -76,11 +69,32 @@ func (l *Lazy) findProfile(ctx context.Context, there *attached) (found, error) 
 	case len(own.Items) > 0:
 		return found{own, fromNode}, nil
 	}
-	p, attachedErr := attachedProfile(ctx, there)
+	list, attachedErr := there.of(ctx, accel.MediaTypeProfile)
 	if attachedErr == nil {
-		return found{p, fromRegistry}, nil
+		var p accel.Profile
+		if p, attachedErr = artifact.FindIn(ctx, there.source, there.manifest, list); attachedErr == nil {
+			return found{p, fromRegistry}, nil
+		}
 	}
 	return found{}, errors.Join(ownErr, err, attachedErr)
+}
+
+// profileAtTarget looks where the converted image is, when that is another repository: the service publishes it
+// there.
+func (l *Lazy) profileAtTarget(ctx context.Context, img *image) found {
+	target := img.layers[0].origin.Repositories[0]
+	if target == img.repository {
+		return found{}
+	}
+	source, err := l.o.Registry.Source(target, "")
+	if err == nil {
+		var p accel.Profile
+		if p, err = artifact.Find(ctx, source, img.manifest); err == nil {
+			return found{p, fromRegistry}
+		}
+	}
+	l.o.Log.Debug("an image has no profile beside its converted form", "manifest", img.manifest, "reason", err)
+	return found{}
 }
 
 // servedProfile asks the server.
@@ -95,68 +109,4 @@ func (l *Lazy) servedProfile(ctx context.Context, manifest digest.Digest, patien
 		return accel.Profile{}, fmt.Errorf("ask the server for the profile of %s: %w", manifest, err)
 	}
 	return p, nil
-}
-
-// attachedProfile is the first that can be read among what refers to the manifest, a recorded one before
-// others.
-func attachedProfile(ctx context.Context, there *attached) (best accel.Profile, err error) {
-	list, err := there.of(ctx, accel.MediaTypeProfile)
-	if err != nil {
-		return best, err
-	}
-	var errs []error
-	for _, desc := range list {
-		p, err := readProfile(ctx, there, desc)
-		switch {
-		case ctx.Err() != nil:
-			return best, ctx.Err()
-		case err == nil && p.Manifest != there.manifest:
-			err = fmt.Errorf("%w: it is about manifest %s", accel.ErrInvalid, p.Manifest)
-		case err == nil && p.Origin == accel.ProfileRecorded:
-			return p, nil
-		case err == nil && best.Manifest == "":
-			best = p
-		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("profile artifact %s: %w", desc.Digest, err))
-		}
-	}
-	if best.Manifest != "" {
-		return best, nil
-	}
-	return best, errors.Join(append(errs, fmt.Errorf("%w: no profile refers to %s", accel.ErrNotFound, there.manifest))...)
-}
-
-// readProfile reads an artifact: from the listing's annotation, the manifest's, or its one layer.
-func readProfile(ctx context.Context, there *attached, desc v1.Descriptor) (p accel.Profile, err error) {
-	packed := desc.Annotations[accel.AnnotationProfile]
-	if packed == "" {
-		m, err := artifactOf(ctx, there.source, digest.Digest(desc.Digest.String()))
-		if err != nil {
-			return p, err
-		}
-		if packed = m.Annotations[accel.AnnotationProfile]; packed == "" {
-			if len(m.Layers) != 1 || m.Layers[0].Size <= 0 || m.Layers[0].Size > maxPackedProfileBytes {
-				return p, fmt.Errorf("%w: it has no profile of at most %d bytes", accel.ErrInvalid, maxPackedProfileBytes)
-			}
-			raw, err := small(ctx, there.source, m.Layers[0].Digest, m.Layers[0].Size)
-			if err != nil {
-				return p, err
-			}
-			return unpackProfile(bytes.NewReader(raw))
-		}
-	}
-	return unpackProfile(base64.NewDecoder(base64.StdEncoding, bytes.NewReader([]byte(packed))))
-}
-
-func unpackProfile(packed io.Reader) (p accel.Profile, err error) {
-	zr, err := gzip.NewReader(packed)
-	if err != nil {
-		return p, fmt.Errorf("%w: %w", accel.ErrInvalid, err)
-	}
-	raw, err := io.ReadAll(io.LimitReader(zr, profile.MaxEncodedBytes+1))
-	if err != nil {
-		return p, fmt.Errorf("%w: %w", accel.ErrInvalid, err)
-	}
-	return profile.Decode(raw)
 }

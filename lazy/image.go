@@ -154,7 +154,7 @@ func (l *Lazy) diffIDs(ctx context.Context, source *registry.Source, config ocis
 	if config.Digest.Validate() != nil || config.Size <= 0 || config.Size > maxConfigBytes {
 		return nil, declined("config %q of %d bytes", config.Digest, config.Size)
 	}
-	raw, err := small(ctx, source, config.Digest, config.Size)
+	raw, err := l.small(ctx, source, config.Digest, config.Size)
 	if err != nil {
 		return nil, fmt.Errorf("image config: %w", err)
 	}
@@ -171,7 +171,7 @@ func (l *Lazy) diffIDs(ctx context.Context, source *registry.Source, config ocis
 }
 
 // small brings a blob of a few MiB, checked against its digest.
-func small(ctx context.Context, source *registry.Source, d digest.Digest, sizeBytes int64) ([]byte, error) {
+func (l *Lazy) small(ctx context.Context, source *registry.Source, d digest.Digest, sizeBytes int64) ([]byte, error) {
 	r, err := source.Range(ctx, d, sizeBytes, 0, sizeBytes)
 	if err != nil {
 		return nil, err

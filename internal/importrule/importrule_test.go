@@ -38,7 +38,7 @@ var may = map[string][]string{
 	"accel/api":                 {"accel", "accel/fleet", "accel/meter", "accel/webhook", "accel/readiness", "accel/trust", "accel/profile", "accel/profile/ledger"},
 	"accel/install":             {"accel"},
 	"accel/meter":               {"accel"},
-	"accel/lazy":                {"accel", "accel/api", "accel/cache", "accel/internal/deflate", "accel/internal/keylock", "accel/lazyfs", "accel/prefetch", "accel/profile", "accel/registry", "accel/snapshot", "accel/trust"},
+	"accel/lazy":                {"accel", "accel/api", "accel/cache", "accel/internal/deflate", "accel/internal/keylock", "accel/lazyfs", "accel/prefetch", "accel/profile", "accel/profile/artifact", "accel/registry", "accel/snapshot", "accel/trust"},
 	"accel/node":                {"accel", "accel/cache", "accel/mirror", "accel/meter", "accel/registry", "accel/api", "accel/lazy", "accel/snapshot"},
 	"accel/doctor":              {"accel", "accel/api", "accel/install", "accel/node", "accel/registry"},
 	"accel/cmd/accel":           {"accel", "accel/fleet", "accel/meter", "accel/webhook", "accel/readiness", "accel/readiness/boltstore", "accel/convert", "accel/registry", "accel/trust", "accel/worker", "accel/profile", "accel/profile/ledger", "accel/api", "accel/cache", "accel/lazyfs", "accel/lazy", "accel/node", "accel/install", "accel/doctor"},
