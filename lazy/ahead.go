@@ -114,12 +114,17 @@ func (l *Lazy) plan(img *image, f found) (*wave, []prefetch.Piece, error) {
 	}
 	var pieces []prefetch.Piece
 	for _, r := range profile.Plan(f.Profile, layers, limits) {
-		d := img.layers[r.Layer].Digest
+		d, bytes := img.layers[r.Layer].Digest, int64(0)
+		for i := r.First; i < r.First+r.N; i++ {
+			bytes += open[r.Layer].Chunk(i).Bytes
+		}
+		// What lies between hot chunks comes along, and counts here.
+		if w.PlannedBytes += bytes; limits.HotBytes > 0 && w.PlannedBytes > limits.HotBytes {
+			w.PlannedBytes -= bytes
+			break
+		}
 		pieces = append(pieces, prefetch.Piece{Digest: d, First: r.First, N: r.N})
 		w.chunks[d] = append(w.chunks[d], span{r.First, r.N})
-		for i := r.First; i < r.First+r.N; i++ {
-			w.PlannedBytes += open[r.Layer].Chunk(i).Bytes
-		}
 		w.Requests++
 	}
 	return w, pieces, nil

@@ -21,7 +21,8 @@ type recording struct {
 	key      string
 	began    time.Time
 	recorder *profile.Recorder
-	start    Start // without what is known at the end; starts.mu guards it
+	start    Start // without what is known at the end; starts.mu guards it and failed
+	failed   bool  // the program did, or what it read was of no use for another reason
 
 	mu     sync.Mutex
 	layers map[digest.Digest]bool
@@ -91,6 +92,11 @@ func (l *Lazy) record(ctx context.Context, r *recording) {
 		r.img.wave.Store(&next)
 		l.metrics.ended(a)
 	}
+	l.starts.mu.Lock()
+	if r.failed && err == nil {
+		err = errFailed
+	}
+	l.starts.mu.Unlock()
 	if err == nil && len(report.Items) > 0 {
 		err = l.keepStart(report)
 	}
@@ -106,6 +112,9 @@ func (l *Lazy) record(ctx context.Context, r *recording) {
 	l.starts.mu.Unlock()
 	l.starts.end(r)
 }
+
+// errFailed: somebody said that the start failed.
+var errFailed = errors.New("the start failed")
 
 // guarded makes faults under mapped files (a disk error, a file cut short) errors.
 func guarded(do func() error) (err error) {

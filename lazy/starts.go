@@ -53,6 +53,11 @@ type Start struct {
 	Problem   string        `json:"problem,omitempty" doc:"why nothing came of the recording"`
 }
 
+// Is reports whether it is the start of a container, by its ID.
+func (s Start) Is(container string) bool {
+	return s.Container == container || strings.HasSuffix(s.Container, "/"+container)
+}
+
 // starts decides which starts are recorded. A layer belongs to one recording at a time, since the
 // holder cannot tell who reads.
 type starts struct {
@@ -305,14 +310,15 @@ func (l *Lazy) Starts() []Start {
 	return all
 }
 
-// Answered tells that the program in a container answers, which ends the recording of its start.
-// accel.ErrNotFound where its start is not being recorded.
-func (l *Lazy) Answered(container string) error {
+// Answered tells that the program in a container answers, which ends the recording of its start; or that it
+// failed, and then what it read is of no use to anybody. accel.ErrNotFound where its start is not being recorded.
+func (l *Lazy) Answered(container string, failed bool) error {
 	s := l.starts
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, r := range s.under {
-		if r.key == container || strings.HasSuffix(r.key, "/"+container) {
+		if r.start.Is(container) {
+			r.failed = r.failed || failed
 			r.recorder.Answered()
 			return nil
 		}

@@ -232,6 +232,7 @@ func (m *MountedImage) add(s lazy.LayerState) {
 // Answered names a container whose program answers.
 type Answered struct {
 	Container string `json:"container" minLength:"1" maxLength:"512" doc:"its ID"`
+	Failed    bool   `json:"failed,omitempty" doc:"it did not come up: what it read is not kept"`
 }
 
 // starts are those that were recorded, or are being.
@@ -242,9 +243,9 @@ func (n *Node) starts() []lazy.Start {
 	return n.mounts.lazy.Starts()
 }
 
-func (n *Node) answered(container string) error {
+func (n *Node) answered(a Answered) error {
 	if n.mounts == nil {
 		return fmt.Errorf("%w: this node mounts nothing", accel.ErrNotFound)
 	}
-	return n.mounts.lazy.Answered(container)
+	return n.mounts.lazy.Answered(a.Container, a.Failed)
 }
