@@ -46,6 +46,9 @@ type span struct{ first, n int }
 // fetchAhead plans by the profile and has the plan fetched before all that nobody waits for.
 func (l *Lazy) fetchAhead(ctx context.Context, img *image, answer <-chan found) {
 	f := <-answer
+	if l.starts.isPlain(img.manifest) {
+		return
+	}
 	if f.from == "" && ctx.Err() == nil {
 		f = l.profileAtTarget(ctx, img)
 	}
@@ -173,4 +176,23 @@ func (l *Lazy) AheadOf(manifest digest.Digest) *Ahead {
 	}
 	a := w.Ahead
 	return &a
+}
+
+// FetchAhead says whether anything is fetched ahead of an image's starts, which is so unless it was turned off; for
+// comparisons. It counts until the node ends, for pulls that begin after it was said.
+func (l *Lazy) FetchAhead(manifest digest.Digest, on bool) {
+	s := l.starts
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if on || len(s.plain) >= maxAnswers {
+		delete(s.plain, manifest)
+		return
+	}
+	s.plain[manifest] = true
+}
+
+func (s *starts) isPlain(manifest digest.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.plain[manifest]
 }

@@ -72,10 +72,11 @@ type starts struct {
 	under map[digest.Digest]*recording // by layer
 	count int                          // of recordings under way
 	past  []Start                      // the newest last
+	plain map[digest.Digest]bool       // images, by manifest, ahead of whose starts nothing is fetched
 }
 
 func newStarts() (*starts, error) {
-	s := &starts{fresh: map[digest.Digest]bool{}, held: map[digest.Digest]time.Time{}, under: map[digest.Digest]*recording{}}
+	s := &starts{fresh: map[digest.Digest]bool{}, held: map[digest.Digest]time.Time{}, under: map[digest.Digest]*recording{}, plain: map[digest.Digest]bool{}}
 	var err error
 	if s.images, err = lru.New[digest.Digest, *image](maxAnswers); err != nil {
 		return nil, err
@@ -186,7 +187,7 @@ func (s *starts) begin(e snapshot.Event, node string) *recording {
 	if r := s.under[img.layers[len(img.layers)-1].Digest]; r != nil && r.img.manifest == img.manifest {
 		return nil
 	}
-	r := &recording{img: img, key: e.Key, began: e.Began, layers: map[digest.Digest]bool{}, cut: map[digest.Digest]time.Time{}}
+	r := &recording{img: img, began: e.Began, layers: map[digest.Digest]bool{}, cut: map[digest.Digest]time.Time{}}
 	cold, fresh := true, false
 	for _, y := range img.layers {
 		d := y.Digest

@@ -83,6 +83,9 @@ func (n *Node) admin(ctx context.Context) http.Handler {
 	post(routes, "start-answered", "/v1/starts/answered", "The program in a container answers, or failed: its start is over", func(_ context.Context, in *body[Answered]) (struct{}, error) {
 		return struct{}{}, n.answered(in.Body)
 	})
+	post(routes, "fetch-ahead", "/v1/starts/ahead", "Whether anything is fetched ahead of an image's starts, until the node ends", func(_ context.Context, in *body[FetchAhead]) (struct{}, error) {
+		return struct{}{}, n.fetchAhead(in.Body)
+	})
 	huma.Register(routes, huma.Operation{
 		OperationID: "cache-check", Method: http.MethodPost, Path: "/v1/cache/check",
 		Summary: "Read every complete blob and every layer again, and drop what is damaged", Description: "The answer is a JSON object a line: how far it is, and last the report.",

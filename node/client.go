@@ -97,6 +97,11 @@ func (c *Client) Answered(ctx context.Context, a Answered) error {
 	return c.do(ctx, http.MethodPost, "/v1/starts/answered", a, &struct{}{})
 }
 
+// FetchAhead says whether anything is fetched ahead of an image's starts, for comparisons.
+func (c *Client) FetchAhead(ctx context.Context, f FetchAhead) error {
+	return c.do(ctx, http.MethodPost, "/v1/starts/ahead", f, &struct{}{})
+}
+
 // Check reads every complete blob again and drops what is damaged.
 func (c *Client) Check(ctx context.Context, progress func(done, total int64)) (cache.Report, error) {
 	res, err := c.send(ctx, http.MethodPost, "/v1/cache/check", nil)

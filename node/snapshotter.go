@@ -249,3 +249,20 @@ func (n *Node) answered(a Answered) error {
 	}
 	return n.mounts.lazy.Answered(a.Container, a.Failed)
 }
+
+// FetchAhead says whether anything is fetched ahead of an image's starts.
+type FetchAhead struct {
+	Manifest digest.Digest `json:"manifest" doc:"digest of the platform's manifest"`
+	On       bool          `json:"on"`
+}
+
+func (n *Node) fetchAhead(f FetchAhead) error {
+	if err := f.Manifest.Validate(); err != nil {
+		return fmt.Errorf("%w: manifest %.100q: %w", accel.ErrInvalid, f.Manifest, err)
+	}
+	if n.mounts == nil {
+		return fmt.Errorf("%w: this node mounts nothing", accel.ErrNotFound)
+	}
+	n.mounts.lazy.FetchAhead(f.Manifest, f.On)
+	return nil
+}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -26,6 +27,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/errdefs"
 	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
@@ -48,37 +50,42 @@ type containers struct {
 
 // containers connects to the containerd that the configuration names. Close its client.
 func (c *nodeConfig) containers(ctx context.Context, namespace string) (*containers, context.Context, error) {
-	hosts, err := registryHosts(c.Registries)
-	if err != nil {
-		return nil, ctx, usage(err)
-	}
 	client, err := containerd.New(c.Containerd.Socket, containerd.WithTimeout(dialTime))
 	if err != nil {
 		return nil, ctx, fmt.Errorf("containerd does not answer on %s (--containerd-socket): %w", c.Containerd.Socket, err)
 	}
+	resolver, err := c.resolver(ctx, c.Containerd.ConfigDir)
+	if err != nil {
+		return nil, ctx, errors.Join(err, client.Close())
+	}
+	return &containers{client, resolver}, namespaces.WithNamespace(ctx, namespace), nil
+}
+
+// resolver asks registries with the node's credentials, by way of the mirrors that hosts.toml files name; without them where
+// configDir is empty.
+func (c *nodeConfig) resolver(ctx context.Context, configDir string) (remotes.Resolver, error) {
+	hosts, err := registryHosts(c.Registries)
+	if err != nil {
+		return nil, usage(err)
+	}
 	of := func(host string) registry.Host {
 		for _, h := range hosts {
-			if h.Name == host || host == "registry-1.docker.io" && h.Name == "docker.io" {
+			if h.Name == host || h.Name == "docker.io" && host == "registry-1.docker.io" || slices.Contains(h.Aliases, host) {
 				return h
-			}
-			for _, a := range h.Aliases {
-				if a == host {
-					return h
-				}
 			}
 		}
 		return registry.Host{Name: host}
 	}
-	registryHosts := func(host string) ([]docker.RegistryHost, error) {
+	return docker.NewResolver(docker.ResolverOptions{Hosts: func(host string) ([]docker.RegistryHost, error) {
 		o := dockerconfig.HostOptions{Credentials: func(host string) (string, string, error) { return credentials(ctx, of(host)) }}
 		if of(host).PlainHTTP {
 			o.DefaultScheme = "http"
 		}
-		o.HostDir = dockerconfig.HostDirFromRoot(c.Containerd.ConfigDir)
+		if configDir != "" {
+			o.HostDir = dockerconfig.HostDirFromRoot(configDir)
+		}
 		return dockerconfig.ConfigureHosts(ctx, o)(host)
-	}
-	resolver := docker.NewResolver(docker.ResolverOptions{Hosts: registryHosts})
-	return &containers{client, resolver}, namespaces.WithNamespace(ctx, namespace), nil
+	}}), nil
 }
 
 // credentials are the node's own for a registry: those of its configuration, or what docker's keychain has.
@@ -307,16 +314,30 @@ func (t *tail) quoted() string {
 	return "; it said nothing"
 }
 
-// layersBytes is the sum of an image's compressed layers.
-func (c *containers) layersBytes(ctx context.Context, img containerd.Image) (n int64, err error) {
-	m, err := images.Manifest(ctx, c.client.ContentStore(), img.Target(), img.Platform())
-	for _, l := range m.Layers {
-		n += l.Size
-	}
-	return n, err
+// manifestOf is the manifest that this machine runs of an image.
+func (c *containers) manifestOf(ctx context.Context, img containerd.Image) (ocispec.Manifest, error) {
+	return images.Manifest(ctx, c.client.ContentStore(), img.Target(), img.Platform())
 }
 
-// manifestOf is the manifest that this machine runs of an image.
-func (c *containers) manifestOf(ctx context.Context, img containerd.Image) (m ocispec.Manifest, err error) {
-	return images.Manifest(ctx, c.client.ContentStore(), img.Target(), img.Platform())
+// manifestDigest is the digest of that.
+func (c *containers) manifestDigest(ctx context.Context, img containerd.Image) (found digest.Digest, err error) {
+	platform := img.Platform()
+	target := img.Target()
+	if !images.IsIndexType(target.MediaType) {
+		return target.Digest, nil
+	}
+	members, err := images.Children(ctx, c.client.ContentStore(), target)
+	if err != nil {
+		return "", err
+	}
+	var best *ocispec.Descriptor
+	for i, d := range members {
+		if images.IsManifestType(d.MediaType) && d.Platform != nil && platform.Match(*d.Platform) && (best == nil || platform.Less(*d.Platform, *best.Platform)) {
+			best = &members[i]
+		}
+	}
+	if best == nil {
+		return "", fmt.Errorf("%w: index %s has nothing for this machine", accel.ErrNotFound, target.Digest)
+	}
+	return best.Digest, nil
 }

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"archive/tar"
+	"bytes"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -398,7 +399,8 @@ func (b *lazyBed) gone() {
 	b.t.Helper()
 	for _, namespace := range []string{"accel-record", "accel-bench"} {
 		for _, what := range []string{"containers", "images"} {
-			if left, err := b.c.Ctr(b.t.Context(), "-n", namespace, what, "ls", "-q"); err != nil || strings.TrimSpace(left) != "" {
+			left, err := b.c.CtrCommand(b.t.Context(), "-n", namespace, what, "ls", "-q").Output() // it warns on standard error
+			if err != nil || len(bytes.TrimSpace(left)) > 0 {
 				b.t.Errorf("%s are left: %q, %v", what, left, err)
 			}
 		}
