@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"encoding/base64"
 	"encoding/json"
+	"encoding/xml"
 	"errors"
 	"io"
 	"io/fs"
@@ -428,5 +429,58 @@ func (b *lazyBed) wipeLayers() {
 				b.t.Fatal(err)
 			}
 		}
+	}
+}
+
+// TestBench is `accel bench`: each way is measured from a machine without the image, nothing is left behind, and what other
+// namespaces use is refused.
+func TestBench(t *testing.T) {
+	b, ref, img := pyBed(t, newLazyBed)
+	file := filepath.Join(t.TempDir(), "plot.svg")
+	args := []string{"bench", "--config", b.node.config, "--containerd-socket", b.c.Socket(), "--runs", "2", "--plot", file, "-o", "json", ref}
+	said, err := accelCommand(args...)
+	must(t, err)
+	var rows []struct {
+		Image, Way   string
+		TotalSeconds float64
+		FetchedBytes int64
+		Misses       int64
+		Runs         []struct{ PullSeconds, StartSeconds float64 }
+	}
+	must(t, json.Unmarshal([]byte(said), &rows))
+	came, misses := map[string]int64{}, map[string]int64{}
+	for _, r := range rows {
+		if r.Image != ref || len(r.Runs) != 2 || r.TotalSeconds <= 0 {
+			t.Errorf("row %+v", r)
+		}
+		came[r.Way], misses[r.Way] = r.FetchedBytes, r.Misses
+	}
+	var whole int64
+	for _, n := range layerSizes(t, img) {
+		whole += n
+	}
+	if came["full"] != whole || came["lazy"] <= 0 || came["lazy"] > whole/2 || came["profile"] <= 0 || came["profile"] > whole/2 || came["warm"] > came["profile"]/10 {
+		t.Errorf("of %d bytes came %v", whole, came)
+	}
+	if misses["lazy"] == 0 || misses["profile"] > misses["lazy"]/2 || misses["warm"] > 2 {
+		t.Errorf("reads that waited: %v", misses)
+	}
+	drawn, err := os.ReadFile(file)
+	must(t, err)
+	for dec := xml.NewDecoder(bytes.NewReader(drawn)); ; {
+		if _, err := dec.Token(); err == io.EOF {
+			break
+		} else if err != nil {
+			t.Fatalf("the plot is no XML: %v\n%s", err, drawn)
+		}
+	}
+	if out := os.Getenv("ACCEL_TEST_OUT"); out != "" {
+		must(t, os.WriteFile(filepath.Join(out, "bench.svg"), drawn, 0o600))
+	}
+	b.gone()
+
+	b.pull(ref) // into another namespace
+	if said, err := accelCommand(args...); err == nil || !strings.Contains(err.Error(), `namespace "default"`) {
+		t.Errorf("an image that another namespace has is measured: %s, %v", said, err)
 	}
 }
