@@ -18,6 +18,7 @@ import (
 	"unsafe"
 
 	"accel"
+	"accel/cache"
 	"accel/internal/debimage"
 	"accel/internal/testbed"
 	"accel/lazy"
@@ -483,4 +484,77 @@ func TestBench(t *testing.T) {
 	if said, err := accelCommand(args...); err == nil || !strings.Contains(err.Error(), `namespace "default"`) {
 		t.Errorf("an image that another namespace has is measured: %s, %v", said, err)
 	}
+}
+
+// TestWarmBringsTheHotSet: a warm of an image that is mounted lazily brings what its start reads, and no blob of the
+// source; without a profile it brings all.
+func TestWarmBringsTheHotSet(t *testing.T) {
+	b, ref, img := pyBed(t, func(t *testing.T, version string, more ...string) *lazyBed {
+		return newLazyBed(t, version, append(more, "warm: {form: lazy}")...)
+	})
+	manifest := manifestOf(t, img)
+	b.awaitProfile(manifest, accel.ProfilePredicted)
+	warm := func() {
+		t.Helper()
+		warms, err := b.server.client.Warm(t.Context(), ref)
+		must(t, err)
+		warms, err = b.server.client.WaitWarms(t.Context(), ref, warms, time.Minute)
+		must(t, err)
+		for _, w := range warms {
+			if w.State != accel.WarmDone || w.FetchedBytes == 0 || w.TotalBytes < w.FetchedBytes {
+				t.Fatalf("warm %+v\n%s", w, b.node.log)
+			}
+		}
+	}
+	warm()
+	delivered := b.reg.Delivered()
+	for d := range layerSizes(t, img) {
+		if n := delivered.Blobs[d]; n > 0 {
+			t.Errorf("the registry delivered %d bytes of layer %s for a warm of its converted form", n, d)
+		}
+	}
+	b.reg.Reset()
+	start := b.recordedStart(ref)
+	if start.Misses > 5 || start.MissBytes > 200_000 {
+		t.Errorf("after a warm, %d reads waited for %d bytes", start.Misses, start.MissBytes)
+	}
+	b.wipe(ref)
+	_, err := b.server.client.RemoveProfile(t.Context(), manifest)
+	must(t, err)
+	client := b.node.admin()
+	must(t, client.FetchAhead(t.Context(), node.FetchAhead{Manifest: manifest, On: false}))
+	warm()
+	blobs, err := client.List(t.Context())
+	must(t, err)
+	layers := 0
+	for _, e := range blobs {
+		if e.Form == cache.FormLayer {
+			layers++
+			if !e.Complete {
+				t.Errorf("layer %s is not complete: %d of %d chunks", e.Digest, e.PresentChunks, e.Chunks)
+			}
+		}
+	}
+	if layers != len(layerSizes(t, img)) {
+		t.Errorf("%d layers of %d", layers, len(layerSizes(t, img)))
+	}
+}
+
+// TestRecordingsSurviveTheServersAbsence: what cannot be reported is, when the server is back, also by the next daemon.
+func TestRecordingsSurviveTheServersAbsence(t *testing.T) {
+	b, ref, img := pyBed(t, newLazyBed)
+	b.awaitProfile(manifestOf(t, img), accel.ProfilePredicted)
+	b.pull(ref) // the node has the server's keys from now on
+	b.server.kill()
+	if start := b.recordedStart(ref); !start.Complete {
+		t.Fatalf("recorded %+v", start)
+	}
+	b.node.stop()
+	was := b.server.client.Server()
+	b.server = b.serve()
+	conf, err := os.ReadFile(b.node.config)
+	must(t, err)
+	must(t, os.WriteFile(b.node.config, bytes.Replace(conf, []byte(was), []byte(b.server.client.Server()), 1), 0o600))
+	b.node.start()
+	b.awaitProfile(manifestOf(t, img), accel.ProfileRecorded)
 }
