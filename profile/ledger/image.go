@@ -296,11 +296,6 @@ func (s *state) inImage(items []accel.ProfileItem) []accel.ProfileItem {
 	return slices.DeleteFunc(slices.Clone(items), func(i accel.ProfileItem) bool { return i.Layer >= s.row.Layers })
 }
 
-// sameItems ignores when and how often they were recorded.
-func sameItems(a, b accel.Profile) bool {
-	return a.Origin == b.Origin && slices.Equal(a.Items, b.Items)
-}
-
 func later(a, b time.Time) time.Time {
 	if a.After(b) {
 		return a
