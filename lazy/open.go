@@ -103,7 +103,7 @@ func (l *Lazy) create(ctx context.Context, d digest.Digest, o *origin) (*cache.L
 	if err != nil {
 		return nil, declined("layer %s: %v", d, err)
 	}
-	info := cache.LayerInfo{Chunks: layout.Chunks(), DataBytes: layout.DataBytes(), FilesBytes: layout.FilesBytes() + int64(len(packed))}
+	info := cache.LayerInfo{Chunks: layout.Chunks(), DataBytes: layout.DataBytes(), FilesBytes: layout.FilesBytes() - layout.DataBytes() + int64(len(packed))}
 	return l.o.Store.CreateLayer(ctx, d, info, func(f cache.LayerFiles) error {
 		if err := os.WriteFile(f.TOC, packed, 0o600); err != nil {
 			return err

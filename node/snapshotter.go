@@ -104,7 +104,7 @@ var snapshotPins = snapshot.Owner("")
 func (m *mounts) close() error {
 	err := m.lazy.Close()
 	if m.Snapshotter != nil {
-		err = errors.Join(m.Snapshotter.Close(), err)
+		err = errors.Join(m.Close(), err)
 	}
 	return err
 }
@@ -139,7 +139,7 @@ func (m *mounts) setAside(ctx context.Context, chain digest.Digest, reason strin
 
 // remount mounts layers again whose holder has died, for containers to come.
 func (m *mounts) remount(ctx context.Context, layers []digest.Digest) error {
-	var errs []error
+	errs := make([]error, 0, len(layers))
 	for _, d := range layers {
 		errs = append(errs, m.Remount(ctx, d))
 	}

@@ -100,6 +100,7 @@ func (f *Filler) Fill(ctx context.Context, d digest.Digest, first, n int) error 
 	}
 	f.touches++
 	l.touched = f.touches
+	l.link.missed = began
 	l.waiters[w] = struct{}{}
 	l.users++
 	f.mu.Unlock()
@@ -117,7 +118,7 @@ func (f *Filler) missed(w *waiter, first, n int, waited time.Duration, bytes int
 		result = "canceled"
 	case err != nil:
 		result = "error"
-		f.log.Warn("a read failed for want of its content", "layer", l.digest, "chunk", first, "chunks", n, "waited", waited, "err", err)
+		f.tellFailed(l, first, n, waited, err)
 	}
 	f.metrics.missed(result, waited)
 	f.mu.Lock()
@@ -133,6 +134,23 @@ func (f *Filler) missed(w *waiter, first, n int, waited time.Duration, bytes int
 		l.OnDemand(first, n, waited, bytes, err)
 	}
 	f.giveBack(l)
+}
+
+// failedEvery is how often failed reads of a layer are told of: a program that reads on may fail a thousand times a
+// second. The metric counts them all.
+const failedEvery = time.Second
+
+func (f *Filler) tellFailed(l *layer, first, n int, waited time.Duration, err error) {
+	f.mu.Lock()
+	now := time.Now()
+	tell := now.Sub(l.toldFailed) >= failedEvery
+	if tell {
+		l.toldFailed = now
+	}
+	f.mu.Unlock()
+	if tell {
+		f.log.Warn("a read failed for want of its content", "layer", l.digest, "chunk", first, "chunks", n, "waited", waited, "err", err)
+	}
 }
 
 // await has what w needs fetched, again where that fails, until it is there or cannot be had.

@@ -42,6 +42,11 @@ func (f *Filler) launch(now time.Time) time.Duration {
 			wait = min(wait, pause)
 		}
 	}
+	for _, l := range f.list {
+		if l.link.active(now) {
+			wait = min(wait, activeTime) // more connections then
+		}
+	}
 	f.launchHot(now)
 	if f.o.BackgroundBytesPerSecond >= 0 {
 		for f.launchBackground(now) {
@@ -56,7 +61,11 @@ func (f *Filler) launchBackground(now time.Time) bool {
 	order := slices.Clone(f.list)
 	slices.SortStableFunc(order, func(a, b *layer) int { return cmp.Compare(b.touched, a.touched) })
 	for _, l := range order {
-		if l.link.flying[background] >= f.o.BackgroundConnections || now.Before(l.pausedUntil) || l.Content.Left() == 0 {
+		connections := f.o.BackgroundConnections
+		if l.link.active(now) {
+			connections = min(connections, activeConnections)
+		}
+		if l.link.flying[background] >= connections || now.Before(l.pausedUntil) || l.Content.Left() == 0 {
 			continue
 		}
 		if l.unranged && len(l.flights) > 0 {

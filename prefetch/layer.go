@@ -36,14 +36,15 @@ type layer struct {
 	twins   twins
 
 	// Guarded by Filler.mu:
-	flights  []*flight
-	waiters  map[*waiter]struct{}
-	reads    [maxSequences]sequence
-	bad      map[int]badMember // that came with a wrong digest
-	hot      []uint64          // a bit for each member of the hot set; nil: none is
-	unranged bool
-	touched  uint64 // Filler.touches at its last miss
-	cursor   int    // where the background goes on
+	flights    []*flight
+	waiters    map[*waiter]struct{}
+	reads      [maxSequences]sequence
+	bad        map[int]badMember // that came with a wrong digest
+	hot        []uint64          // a bit for each member of the hot set; nil: none is
+	unranged   bool
+	toldFailed time.Time // when a failed read was logged last
+	touched    uint64    // Filler.touches at its last miss
+	cursor     int       // where the background goes on
 	// Until pausedUntil nothing is fetched that nobody waits for; failures doubles the next pause.
 	pausedUntil time.Time
 	failures    int

@@ -44,6 +44,10 @@ const (
 	leastSampleBytes = 128 << 10
 	// othersShare: flights of lower kind take one part of so many of the link while a higher one delivers.
 	othersShare = 4
+	// activeTime after a miss the background holds back too, with one connection: the next miss is likely, and would wait
+	// behind what is on its way by then; and the program wants the processors that inflating takes.
+	activeTime        = 500 * time.Millisecond
+	activeConnections = 1
 )
 
 // link is one host: its connections and what was measured. Filler.mu guards all but the channels and semaphores.
@@ -55,6 +59,8 @@ type link struct {
 	flying     [kinds]int
 	delivering [kinds]int    // of flying: the first byte is here; but for those that are only read on because somebody joined
 	calm       chan struct{} // closed when a kind delivers no more
+
+	missed time.Time // the last miss
 
 	latency  time.Duration // from request to first byte; 0: not known
 	rate     float64       // bytes a second over one connection; 0: not known
@@ -153,6 +159,9 @@ func (k *link) patience(most time.Duration) time.Duration {
 	return min(max(measured, time.Second)<<min(k.stalls, 8), most)
 }
 
+// active reports whether programs are missing things just now.
+func (k *link) active(now time.Time) bool { return now.Sub(k.missed) < activeTime }
+
 // deliver counts a flight among those that deliver, or no more.
 func (k *link) deliver(of kind, n int) {
 	k.delivering[of] += n
@@ -163,7 +172,10 @@ func (k *link) deliver(of kind, n int) {
 }
 
 // outranked reports whether a flight of that kind should hold back, and what is closed when that may be over.
-func (k *link) outranked(of kind) (yes bool, calm <-chan struct{}) {
+func (k *link) outranked(of kind, now time.Time) (yes bool, calm <-chan struct{}) {
+	if of == background && k.active(now) {
+		return true, nil
+	}
 	for higher := demand; higher < of; higher++ {
 		if k.delivering[higher] > 0 {
 			return true, k.calm

@@ -230,7 +230,7 @@ func TestCopies(t *testing.T) {
 
 func TestBackgroundLimit(t *testing.T) {
 	b := start(t, Options{BackgroundBytesPerSecond: 100 << 10})
-	fx := build(t, random(45), shape{members: 200, most: 30_000})
+	fx := build(t, random(45), shape{members: 1000, most: 30_000})
 	m, _, _ := b.add(fx, nil)
 	began := time.Now()
 	eventually(t, "something", func() bool { return b.Stats(fx.digest).BackgroundBytes > 200<<10 })
@@ -244,8 +244,8 @@ func TestBackgroundLimit(t *testing.T) {
 	}
 	b.fill(fx, i, 1)
 	m.check(t, i)
-	b.fill(fx, 150, 1)
-	m.check(t, 150)
+	b.fill(fx, 900, 1)
+	m.check(t, 900)
 	if m.Left() < 100 {
 		t.Errorf("only %d chunks are left", m.Left())
 	}

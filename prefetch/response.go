@@ -164,7 +164,7 @@ func (s *response) note(n int, skipped bool, now time.Time) {
 func (s *response) holdBack(n int) (int, error) {
 	fl, link := s.fl, s.fl.l.link
 	s.f.mu.Lock()
-	outranked, calm := link.outranked(fl.kind)
+	outranked, calm := link.outranked(fl.kind, time.Now())
 	needed, capacity, peers := fl.needed, link.capacity, link.flying[fl.kind]
 	s.f.mu.Unlock()
 	limited := fl.kind == background && s.f.limit != nil

@@ -12,7 +12,9 @@ import (
 type Start struct {
 	Entrypoint, Cmd, Env []string
 	WorkingDir           string
-	Labels               map[string]string
+	// Labels of the configuration, and the manifest's annotations where these are to
+	// count: only LabelPrefetch is looked at.
+	Labels map[string]string
 }
 
 const (

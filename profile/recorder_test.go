@@ -9,16 +9,13 @@ import (
 	"accel/profile"
 )
 
-// sleep lets a bubble's time pass.
-func sleep(d time.Duration) { time.Sleep(d) }
-
 func TestRecorder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		lower := layerOf(t, file("a", 4*chunkBytes, "a"), file("b", 5000, "b"), file("c", 100, "c"))
 		upper := layerOf(t, file("x", 2*chunkBytes+10, "x"))
 		ln, un := lower.named(t), upper.named(t)
 		r := profile.NewRecorder(profile.RecorderOptions{Manifest: imageA, Node: "n", Cold: true})
-		sleep(20 * time.Second) // a long wait before the first read is no quiet
+		time.Sleep(20 * time.Second) // a long wait before the first read is no quiet
 		began := time.Now()
 		r.Bytes(un.Digest(), upper, 5000, 10, began.Add(2*time.Second))
 		r.Chunks(ln.Digest(), lower, 1, 2, began)
@@ -71,7 +68,7 @@ func TestRecorderEnds(t *testing.T) {
 		rep, took := record(profile.RecorderOptions{Cold: true}, func(r *profile.Recorder) {
 			for k := range 200 {
 				r.Chunks(n.Digest(), l, k, 1, time.Now())
-				sleep(time.Second)
+				time.Sleep(time.Second)
 			}
 		})
 		if rep.End != profile.EndLimit || rep.Complete || rep.Items[0].Bytes != 121*chunkBytes {
@@ -80,7 +77,7 @@ func TestRecorderEnds(t *testing.T) {
 		rep, took = record(profile.RecorderOptions{Cold: true, Quiet: 3 * time.Second}, func(r *profile.Recorder) {
 			for range 8 {
 				r.Chunks(n.Digest(), l, 5, 1, time.Now())
-				sleep(time.Second)
+				time.Sleep(time.Second)
 			}
 		})
 		if rep.End != profile.EndQuiet || !rep.Complete || took != 8*time.Second {
@@ -88,7 +85,7 @@ func TestRecorderEnds(t *testing.T) {
 		}
 		rep, took = record(profile.RecorderOptions{Cold: true}, func(r *profile.Recorder) {
 			r.Chunks(n.Digest(), l, 5, 1, time.Now())
-			sleep(time.Second)
+			time.Sleep(time.Second)
 			r.Answered()
 			r.Answered()
 		})

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"accel/internal/testbed"
+	"accel/node"
 )
 
 const (
@@ -39,6 +40,8 @@ type sample struct {
 	Pull, Start    time.Duration // Start from the end of the pull until the program answered, or ended
 	FetchedBytes   int64         // by then, headers included
 	DaemonCPU      time.Duration // of containerd and its snapshotter, by then
+	Misses         int64         // reads that had to wait, by then; accel tells them
+	Waited         time.Duration // how long all of them did
 }
 
 func (s sample) total() time.Duration { return s.Pull + s.Start }
@@ -172,6 +175,11 @@ func (b *bed) measured(ctx context.Context, h *host, v variant, image string, sp
 		return s, err
 	}
 	s.FetchedBytes = b.link.DeliveredBytes() - before
+	if v.system == accelNode {
+		if s.Misses, s.Waited, err = h.misses(ctx, reference); err != nil {
+			return s, err
+		}
+	}
 	if s.DaemonCPU, err = h.cpu(); err != nil {
 		return s, err
 	}
@@ -274,4 +282,17 @@ func (b *bed) untilQuiet(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// misses of an image, as the node tells them.
+func (h *host) misses(ctx context.Context, reference string) (n int64, waited time.Duration, err error) {
+	client := node.NewClient(filepath.Join(h.dir, "node.sock"))
+	defer client.Close()
+	images, err := client.Mounted(ctx)
+	for _, m := range images {
+		if m.Image == reference {
+			n, waited = n+m.Misses, waited+m.Waited
+		}
+	}
+	return n, waited, err
 }

@@ -19,7 +19,11 @@ type results struct {
 }
 
 func (r *results) add(s sample) {
-	fmt.Fprintf(os.Stderr, "pull %.2f s + %.2f s = %.2f s, %.1f MB\n", s.Pull.Seconds(), s.Start.Seconds(), s.total().Seconds(), float64(s.FetchedBytes)/megabyte)
+	misses := ""
+	if s.Misses > 0 {
+		misses = fmt.Sprintf(", %d misses of %.2f s", s.Misses, s.Waited.Seconds())
+	}
+	fmt.Fprintf(os.Stderr, "pull %.2f s + %.2f s = %.2f s, %.1f MB%s\n", s.Pull.Seconds(), s.Start.Seconds(), s.total().Seconds(), float64(s.FetchedBytes)/megabyte, misses)
 	r.samples = append(r.samples, s)
 }
 
@@ -59,6 +63,10 @@ func note(samples []sample, how string) string {
 	pull := spreadOf(samples, seconds(func(s sample) time.Duration { return s.Pull }))
 	start := spreadOf(samples, seconds(func(s sample) time.Duration { return s.Start }))
 	cpu := spreadOf(samples, seconds(func(s sample) time.Duration { return s.DaemonCPU }))
+	misses := spreadOf(samples, func(s sample) float64 { return float64(s.Misses) })
+	if misses.most > 0 {
+		how = fmt.Sprintf("%.0f misses; %s", misses.median, how)
+	}
 	return fmt.Sprintf("%.2f-%.2f in %d runs; pull %.2f, then %.2f; %.1f MB fetched; daemons' CPU %.2f s; %s",
 		total.least, total.most, len(samples), pull.median, start.median, spreadOf(samples, fetchedMB).median, cpu.median, how)
 }
@@ -77,7 +85,7 @@ func (r *results) write() error {
 	for _, s := range r.samples {
 		err := enc.Encode(map[string]any{
 			"image": s.Image, "variant": s.Variant, "rate": s.Rate, "pullSeconds": s.Pull.Seconds(), "startSeconds": s.Start.Seconds(),
-			"totalSeconds": s.total().Seconds(), "fetchedBytes": s.FetchedBytes, "daemonCpuSeconds": s.DaemonCPU.Seconds(),
+			"totalSeconds": s.total().Seconds(), "fetchedBytes": s.FetchedBytes, "daemonCpuSeconds": s.DaemonCPU.Seconds(), "misses": s.Misses, "waitedSeconds": s.Waited.Seconds(),
 		})
 		if err != nil {
 			return errors.Join(err, f.Close())

@@ -48,7 +48,7 @@ http.server.HTTPServer(("0.0.0.0", 9000), Hello).serve_forever()
 }
 
 var pyapp = recipe{
-	name:     "pyapp-1",
+	name:     "pyapp-2",
 	packages: "python3 python3-numpy python3-scipy python3-pandas python3-flask",
 	server: `from flask import Flask
 import numpy, pandas, scipy.optimize

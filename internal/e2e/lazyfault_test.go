@@ -384,7 +384,7 @@ func (b *lazyBed) corrupt(ref string) {
 	must(b.t, err)
 	size, err := layers[len(layers)-1].Size()
 	must(b.t, err)
-	path := filepath.Join(b.regDir, "docker", "registry", "v2", "blobs", h.Algorithm, h.Hex[:2], h.Hex, "data")
+	path := filepath.Join(b.regDir, "registry", "docker", "registry", "v2", "blobs", h.Algorithm, h.Hex[:2], h.Hex, "data")
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	must(b.t, err)
 	defer f.Close()
