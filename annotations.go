@@ -19,8 +19,13 @@ const (
 	// AnnotationMapping: on a mapping artifact's manifest, the DSSE envelope as
 	// JSON, so that a referrers listing alone delivers it.
 	AnnotationMapping = "dev.accel.mapping"
+	// AnnotationProfile: on a profile artifact's manifest, the encoded profile, gzipped and
+	// in base64, where that is small; else the gzipped profile is the artifact's layer.
+	AnnotationProfile = "dev.accel.profile"
 
 	// MediaTypeMapping is a mapping artifact's artifactType and the DSSE
 	// payload's type.
 	MediaTypeMapping = "application/vnd.dev.accel.mapping.v1+json"
+	// MediaTypeProfile is a profile artifact's artifactType, and an encoded profile's type.
+	MediaTypeProfile = "application/vnd.dev.accel.profile.v1+json"
 )

@@ -13,6 +13,7 @@ import (
 	"accel"
 	"accel/fleet"
 	"accel/meter"
+	"accel/profile/ledger"
 	"accel/readiness"
 	"accel/trust"
 	"accel/webhook"
@@ -54,6 +55,8 @@ type Options struct {
 	Fleet *fleet.Fleet
 	// Ledger has the measured pulls; nil: these routes are absent.
 	Ledger *meter.Ledger
+	// Profiles has what starts of images read; nil: these routes are absent.
+	Profiles *ledger.Ledger
 	// Tokens that are accepted. Without any, Open must say that none is needed.
 	Tokens []Token
 	Open   bool
@@ -130,6 +133,9 @@ func New(o Options) (http.Handler, error) {
 	if s.Ledger != nil {
 		s.pullRoutes(routes)
 		s.usageRoutes(routes)
+	}
+	if s.Profiles != nil {
+		s.profileRoutes(routes)
 	}
 
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })

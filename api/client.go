@@ -104,6 +104,10 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 	if err != nil {
 		return err
 	}
+	return c.send(req, out)
+}
+
+func (c *Client) send(req *http.Request, out any) error {
 	res, err := c.http.Do(req)
 	if err != nil {
 		return unreachableError{fmt.Errorf("ask %s: %w", c.base, err)}

@@ -9,30 +9,31 @@ import (
 
 // Image is how an image stands, as the API tells it.
 type Image struct {
-	ID         string      `json:"id"`
-	Image      string      `json:"image" doc:"the source by digest, or by tag while the digest is not known" example:"registry.example/team/app@sha256:..."`
-	Repository string      `json:"repository" doc:"host and path"`
-	Digest     string      `json:"digest,omitempty" doc:"of the source manifest or index; absent while only a tag is known"`
-	Tags       []string    `json:"tags,omitempty" doc:"source tags that point to the digest now"`
-	MediaType  string      `json:"mediaType,omitempty"`
-	State      accel.State `json:"state" enum:"Pending,Converting,Ready,Failed,Rejected,Superseded,Stale"`
-	Final      bool        `json:"final" doc:"nothing more will happen by itself"`
-	Reason     string      `json:"reason,omitempty" doc:"why it is in this state"`
-	Rule       string      `json:"rule,omitempty" doc:"the policy rule that rejected it"`
-	Origin     string      `json:"origin" doc:"what brought it first: a webhook source, api or reconcile"`
-	Attempts   int         `json:"attempts" doc:"conversions begun since the last push or retry"`
-	NextTry    *time.Time  `json:"nextTry,omitempty" doc:"when a Failed or Pending image is tried again"`
-	Successor  string      `json:"successor,omitempty" doc:"id of the image that took over from a Superseded one"`
-	CreatedAt  time.Time   `json:"createdAt"`
-	UpdatedAt  time.Time   `json:"updatedAt" doc:"of the last change of state"`
-	CheckedAt  *time.Time  `json:"checkedAt,omitempty" doc:"when the target was last seen in the registry"`
-	Params     string      `json:"params" doc:"conversion parameters"`
-	Target     *Target     `json:"target,omitempty"`
-	Sizes      *Sizes      `json:"sizes,omitempty"`
-	Timings    *Timings    `json:"timings,omitempty"`
-	Platforms  []string    `json:"platforms,omitempty"`
-	Notes      []string    `json:"notes,omitempty" doc:"what was carried over or dropped, and by which rule"`
-	Previous   *Image      `json:"previous,omitempty" doc:"the Ready image that the tag had before, while a newer push is in work"`
+	ID         string          `json:"id"`
+	Image      string          `json:"image" doc:"the source by digest, or by tag while the digest is not known" example:"registry.example/team/app@sha256:..."`
+	Repository string          `json:"repository" doc:"host and path"`
+	Digest     string          `json:"digest,omitempty" doc:"of the source manifest or index; absent while only a tag is known"`
+	Tags       []string        `json:"tags,omitempty" doc:"source tags that point to the digest now"`
+	MediaType  string          `json:"mediaType,omitempty"`
+	State      accel.State     `json:"state" enum:"Pending,Converting,Ready,Failed,Rejected,Superseded,Stale"`
+	Final      bool            `json:"final" doc:"nothing more will happen by itself"`
+	Reason     string          `json:"reason,omitempty" doc:"why it is in this state"`
+	Rule       string          `json:"rule,omitempty" doc:"the policy rule that rejected it"`
+	Origin     string          `json:"origin" doc:"what brought it first: a webhook source, api or reconcile"`
+	Attempts   int             `json:"attempts" doc:"conversions begun since the last push or retry"`
+	NextTry    *time.Time      `json:"nextTry,omitempty" doc:"when a Failed or Pending image is tried again"`
+	Successor  string          `json:"successor,omitempty" doc:"id of the image that took over from a Superseded one"`
+	CreatedAt  time.Time       `json:"createdAt"`
+	UpdatedAt  time.Time       `json:"updatedAt" doc:"of the last change of state"`
+	CheckedAt  *time.Time      `json:"checkedAt,omitempty" doc:"when the target was last seen in the registry"`
+	Params     string          `json:"params" doc:"conversion parameters"`
+	Target     *Target         `json:"target,omitempty"`
+	Sizes      *Sizes          `json:"sizes,omitempty"`
+	Timings    *Timings        `json:"timings,omitempty"`
+	Platforms  []string        `json:"platforms,omitempty"`
+	Notes      []string        `json:"notes,omitempty" doc:"what was carried over or dropped, and by which rule"`
+	Profiles   []ProfileStatus `json:"profiles,omitempty" doc:"what is known of the starts of each platform"`
+	Previous   *Image          `json:"previous,omitempty" doc:"the Ready image that the tag had before, while a newer push is in work"`
 }
 
 // Target is where the converted image is.

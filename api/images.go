@@ -63,14 +63,16 @@ func (s *server) imageRoutes(routes huma.API) {
 		OperationID: "get-image", Method: http.MethodGet, Path: "/v1/images/{id}", Tags: tags, Security: secured(ScopeRead),
 		Summary: "Get an image by id", Errors: []int{401, 403, 404},
 	}, func(ctx context.Context, in *idInput) (*imageOutput, error) {
-		return s.answer(s.Tracker.Get(ctx, in.ID))
+		rec, err := s.Tracker.Get(ctx, in.ID)
+		return s.answer(ctx, rec, err)
 	})
 	huma.Register(routes, huma.Operation{
 		OperationID: "retry-image", Method: http.MethodPost, Path: "/v1/images/{id}/retry", Tags: tags, Security: secured(ScopeWrite),
 		Summary: "Try an image again now", Description: "For one that Failed, was Rejected or Superseded, or waits for its next try.",
 		DefaultStatus: http.StatusAccepted, Errors: []int{401, 403, 404, 409},
 	}, func(ctx context.Context, in *idInput) (*imageOutput, error) {
-		return s.answer(s.Tracker.Retry(ctx, in.ID))
+		rec, err := s.Tracker.Retry(ctx, in.ID)
+		return s.answer(ctx, rec, err)
 	})
 	huma.Register(routes, huma.Operation{
 		OperationID: "delete-image", Method: http.MethodDelete, Path: "/v1/images/{id}", Tags: tags, Security: secured(ScopeWrite),
@@ -79,11 +81,13 @@ func (s *server) imageRoutes(routes huma.API) {
 	}, s.deleteImage)
 }
 
-func (s *server) answer(rec accel.Record, err error) (*imageOutput, error) {
+func (s *server) answer(ctx context.Context, rec accel.Record, err error) (*imageOutput, error) {
 	if err != nil {
 		return nil, s.problem(err)
 	}
-	return &imageOutput{Body: imageOf(rec)}, nil
+	out := &imageOutput{Body: imageOf(rec)}
+	s.withProfiles(ctx, &out.Body)
+	return out, nil
 }
 
 func (s *server) listImages(ctx context.Context, in *listInput) (*pageOutput, error) {
@@ -94,6 +98,7 @@ func (s *server) listImages(ctx context.Context, in *listInput) (*pageOutput, er
 	out := &pageOutput{Body: ImagePage{Images: make([]Image, 0, len(p.Records)), Next: p.Next}}
 	for _, r := range p.Records {
 		out.Body.Images = append(out.Body.Images, imageOf(r))
+		s.withProfiles(ctx, &out.Body.Images[len(out.Body.Images)-1])
 	}
 	return out, nil
 }
@@ -124,5 +129,6 @@ func (s *server) deleteImage(ctx context.Context, in *deleteInput) (*imageOutput
 			return nil, s.problem(err)
 		}
 	}
-	return s.answer(s.Tracker.Delete(ctx, in.ID))
+	rec, err := s.Tracker.Delete(ctx, in.ID)
+	return s.answer(ctx, rec, err)
 }

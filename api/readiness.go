@@ -36,7 +36,9 @@ func (s *server) readinessRoutes(routes huma.API) {
 		if err != nil {
 			return nil, s.problem(err)
 		}
-		return &imageOutput{Body: statusOf(st)}, nil
+		out := &imageOutput{Body: statusOf(st)}
+		s.withProfiles(ctx, &out.Body, out.Body.Previous)
+		return out, nil
 	})
 }
 

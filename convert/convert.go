@@ -202,7 +202,8 @@ type Progress struct {
 }
 
 // Result is the converted image or index, in the shape of the source. Close
-// removes its temporary files; its layers cannot be read after that.
+// removes its temporary files; its layers cannot be read after that. Until then, those
+// that were converted now are io.ReaderAts of their blobs.
 type Result struct {
 	Image    v1.Image
 	Index    v1.ImageIndex

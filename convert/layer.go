@@ -35,6 +35,11 @@ func (l *spilled) Compressed() (io.ReadCloser, error) {
 	return io.NopCloser(io.NewSectionReader(l.f, 0, l.sizeBytes)), nil
 }
 
+// ReadAt reads the blob at any place, until Result.Close.
+func (l *spilled) ReadAt(p []byte, offset int64) (int, error) {
+	return io.NewSectionReader(l.f, 0, l.sizeBytes).ReadAt(p, offset)
+}
+
 func (l *spilled) Uncompressed() (io.ReadCloser, error) {
 	return gzip.NewReader(bufio.NewReaderSize(io.NewSectionReader(l.f, 0, l.sizeBytes), sourceBufferBytes))
 }

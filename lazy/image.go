@@ -8,6 +8,7 @@ import (
 	"io"
 	"slices"
 	"strconv"
+	"sync/atomic"
 
 	"accel"
 	"accel/cache"
@@ -32,10 +33,14 @@ const (
 
 // image is an image whose every layer can be mounted.
 type image struct {
-	name     string // as it was asked for
-	manifest digest.Digest
-	layers   []layer
-	chains   map[digest.Digest]int // chain ID -> index into layers
+	name       string // as it was asked for
+	repository string // "host/path"
+	manifest   digest.Digest
+	layers     []layer
+	chains     map[digest.Digest]int // chain ID -> index into layers
+	planned    chan struct{}         // closed when wave is what it will be
+	cold       bool                  // something of it was missing when it was looked at
+	wave       atomic.Pointer[wave]  // nil: nothing was fetched ahead
 }
 
 // layer is one layer of an image in the form that is mounted.
@@ -51,11 +56,8 @@ func declined(format string, args ...any) error {
 
 // resolve finds out how an image is mounted. The source manifest is asked for in every case: who cannot read
 // it may not have what stands in for it either.
-func (l *Lazy) resolve(ctx context.Context, name, repository string, manifest digest.Digest) (*image, error) {
-	source, err := l.o.Registry.Source(repository, "")
-	if err != nil {
-		return nil, declined("registry of %s: %v", repository, err)
-	}
+func (l *Lazy) resolve(ctx context.Context, name string, there *attached) (*image, error) {
+	source, manifest := there.source, there.manifest
 	var (
 		g       errgroup.Group
 		content ocispec.Manifest
@@ -67,13 +69,14 @@ func (l *Lazy) resolve(ctx context.Context, name, repository string, manifest di
 		return err
 	})
 	g.Go(func() error {
-		m, mapErr = l.mapping(ctx, source, manifest)
+		m, mapErr = l.mapping(ctx, there)
 		return nil
 	})
 	if err := g.Wait(); err != nil {
-		return nil, fmt.Errorf("the node cannot read manifest %s of %s: %w", manifest, repository, err)
+		return nil, fmt.Errorf("the node cannot read manifest %s of %s: %w", manifest, source.Repository(), err)
 	}
-	img := &image{name: name, manifest: manifest}
+	img := &image{name: name, repository: source.Repository(), manifest: manifest}
+	var err error
 	switch {
 	case mapErr == nil:
 		err = img.fromMapping(m, content)
@@ -207,19 +210,6 @@ func (l *Lazy) manifest(ctx context.Context, source *registry.Source, d digest.D
 		return content, declined("manifest %s has %d layers", d, len(content.Layers))
 	}
 	return content, nil
-}
-
-// envelope reads the mapping out of an artifact's manifest.
-func (l *Lazy) envelope(ctx context.Context, source *registry.Source, d digest.Digest) (string, error) {
-	raw, _, err := source.Manifest(ctx, d.String())
-	if err != nil {
-		return "", err
-	}
-	var artifact ocispec.Manifest
-	if err := json.Unmarshal(raw, &artifact); err != nil {
-		return "", fmt.Errorf("%w: artifact %s: %w", accel.ErrInvalid, d, err)
-	}
-	return artifact.Annotations[accel.AnnotationMapping], nil
 }
 
 // allows reports whether one of the globs matches.

@@ -49,6 +49,7 @@ type Options struct {
 	// RunDir is a short path on tmpfs: the holder's socket and mounts.
 	RunDir  string
 	Version string
+	Node    string // the node's name, for reports
 	// Holder is the command that runs the holder process (lazyfs.Options.Holder).
 	Holder   []string
 	Store    *cache.Store
@@ -82,10 +83,16 @@ type Lazy struct {
 	filler  *prefetch.Filler
 	origins origins
 	locks   keylock.Mutex // one for each layer
+	turns   keylock.Mutex // one for each layer: how it is mounted, by the plain file or through the holder
 	slots   chan struct{}
 	checks  chan digest.Digest // complete layers whose DiffID is to be computed
 	pulls   pulls
 	rates   rates
+
+	starts    *starts
+	profiles  profiles
+	reports   reports
+	reporting sync.Mutex // one report is made at a time
 
 	mu      sync.Mutex
 	running context.Context // Run's; nil: it does not run
@@ -130,8 +137,14 @@ func New(o Options) (*Lazy, error) {
 	if o.Record == nil {
 		l.pulls.record = func(accel.Pull) {}
 	}
-	err := os.MkdirAll(l.origins.dir, 0o700)
-	if err != nil {
+	l.profiles.dir, l.reports = filepath.Join(o.Dir, "profiles"), reports{filepath.Join(o.Dir, "starts"), make(chan struct{}, 1)}
+	for _, dir := range []string{l.origins.dir, l.profiles.dir, l.reports.dir} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, err
+		}
+	}
+	var err error
+	if l.starts, err = newStarts(); err != nil {
 		return nil, err
 	}
 	if l.metrics, err = newMetrics(o.Registerer, l); err != nil {
@@ -204,6 +217,7 @@ func (l *Lazy) Run(ctx context.Context) error {
 	g.Go(func() error { return l.sweep(ctx) })
 	g.Go(func() error { return l.check(ctx) })
 	g.Go(func() error { return l.measure(ctx) })
+	g.Go(func() error { return l.report(ctx) })
 	g.Go(func() error {
 		if err := l.host.Retire(ctx); err != nil && ctx.Err() == nil {
 			l.o.Log.Warn("holders of older versions stay", "error", err)
@@ -220,18 +234,9 @@ func (l *Lazy) Close() error { return l.host.Close() }
 
 // Layer implements snapshot.Images: which layer is to be mounted for one of an image.
 func (l *Lazy) Layer(ctx context.Context, r snapshot.Request) (snapshot.Lazy, error) {
-	if l.o.Off {
-		return snapshot.Lazy{}, declined("lazy mounts are turned off on this node")
-	}
-	ref, err := accel.ParseReference(r.Reference)
+	ref, err := l.reference(r.Reference)
 	if err != nil {
-		return snapshot.Lazy{}, declined("image: %v", err)
-	}
-	if ref.Registry, err = l.o.Registry.Canonical(ref.Registry); err != nil {
-		return snapshot.Lazy{}, declined("image %s: %v", r.Reference, err)
-	}
-	if l.allows(l.o.Except, ref.Name()) {
-		return snapshot.Lazy{}, declined("lazy mounts are turned off for repository %s", ref.Name())
+		return snapshot.Lazy{}, err
 	}
 	if r.Manifest.Validate() != nil {
 		return snapshot.Lazy{}, declined("containerd does not say which manifest of %s it pulls: are annotations for snapshotters disabled?", r.Reference)
@@ -245,7 +250,26 @@ func (l *Lazy) Layer(ctx context.Context, r snapshot.Request) (snapshot.Lazy, er
 		return snapshot.Lazy{}, declined("layer %s is not one of image %s under chain ID %s", r.Layer, r.Reference, r.Chain)
 	}
 	l.pulls.asked(img)
+	l.starts.asked(img)
 	return snapshot.Lazy{Layer: img.layers[i].Digest}, nil
+}
+
+// reference reads an image's name, whose registry is canonical then, where its images may be mounted lazily.
+func (l *Lazy) reference(name string) (accel.Reference, error) {
+	if l.o.Off {
+		return accel.Reference{}, declined("lazy mounts are turned off on this node")
+	}
+	ref, err := accel.ParseReference(name)
+	if err != nil {
+		return ref, declined("image: %v", err)
+	}
+	if ref.Registry, err = l.o.Registry.Canonical(ref.Registry); err != nil {
+		return ref, declined("image %s: %v", name, err)
+	}
+	if l.allows(l.o.Except, ref.Name()) {
+		return ref, declined("lazy mounts are turned off for repository %s", ref.Name())
+	}
+	return ref, nil
 }
 
 // image answers once for all layers of an image. Who does not wait until the answer is there makes it a no.
@@ -273,12 +297,17 @@ func (l *Lazy) ask(key imageKey, name string) (*answer, error) {
 		return nil, declined("the node is starting or stopping")
 	}
 	now := time.Now()
+	var known *image // whose layers were closed: nothing but they is asked for again
+	at := now
 	if a, ok := l.answers.Get(key); ok {
 		if now.Before(a.refusedUntil) {
 			return nil, declined("%s is being pulled as ever", name)
 		}
 		if a.fresh(now) {
-			return a, nil
+			if known = l.shut(a); known == nil {
+				return a, nil
+			}
+			at = a.at
 		}
 	}
 	a := &answer{done: make(chan struct{})}
@@ -288,15 +317,70 @@ func (l *Lazy) ask(key imageKey, name string) (*answer, error) {
 		defer close(a.done)
 		ctx, cancel := context.WithTimeout(running, resolveTime)
 		defer cancel()
-		a.img, a.err = l.resolve(ctx, name, key.repository, key.manifest)
-		if a.err == nil {
-			a.err = l.prepare(ctx, a.img)
+		a.img, a.err = l.lookAt(ctx, running, name, key, known)
+		if a.at = at; known == nil {
+			a.at = time.Now()
 		}
-		a.at = time.Now()
 		l.metrics.count(a.img, a.err)
 		l.tell(name, key.manifest, a.err)
 	})
 	return a, nil
+}
+
+// shut is the image of an answer that is there, where some of its layers are open no more. l.mu is held.
+func (l *Lazy) shut(a *answer) *image {
+	select {
+	case <-a.done:
+	default:
+		return nil
+	}
+	if a.err != nil {
+		return nil
+	}
+	for _, y := range a.img.layers {
+		if l.open[y.Digest] == nil {
+			return a.img
+		}
+	}
+	return nil
+}
+
+// lookAt resolves an image, unless it is known, and opens its layers. What is fetched ahead of its start is looked for
+// meanwhile, and not waited for; running is for what goes on then.
+func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey, known *image) (*image, error) {
+	source, err := l.o.Registry.Source(key.repository, "")
+	if err != nil {
+		return nil, declined("registry of %s: %v", key.repository, err)
+	}
+	searching, cancel := context.WithTimeout(running, resolveTime)
+	there := l.attachedTo(searching, source, key.manifest)
+	found := l.lookForProfile(searching, there)
+	var img *image
+	if known != nil {
+		img = &image{name: name, repository: known.repository, manifest: known.manifest, layers: known.layers, chains: known.chains}
+	} else {
+		img, err = l.resolve(ctx, name, there)
+	}
+	if err == nil {
+		img.planned = make(chan struct{})
+		err = l.prepare(ctx, img)
+	}
+	if err != nil {
+		cancel()
+		return img, err
+	}
+	l.mu.Lock()
+	for _, y := range img.layers {
+		open := l.open[y.Digest]
+		img.cold = img.cold || open == nil || !open.Complete()
+	}
+	l.mu.Unlock()
+	l.work.Go(func() {
+		defer cancel()
+		defer close(img.planned)
+		l.fetchAhead(searching, img, found)
+	})
+	return img, nil
 }
 
 // tell says once for each look at an image why it is not mounted lazily.

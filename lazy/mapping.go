@@ -6,26 +6,22 @@ import (
 	"fmt"
 
 	"accel"
-	"accel/registry"
 
 	"github.com/opencontainers/go-digest"
 )
 
-// maxCandidates bounds the mappings of one manifest that are looked at: whoever may push to
-// the repository can attach any number.
-const maxCandidates = 16
-
 // mapping finds the signed mapping of a source manifest: the server and the registry are asked at
 // once, and the first good answer counts. accel.ErrNotFound where neither has one, also where all there
 // are cannot be believed; that is logged.
-func (l *Lazy) mapping(ctx context.Context, source *registry.Source, manifest digest.Digest) (accel.Mapping, error) {
+func (l *Lazy) mapping(ctx context.Context, there *attached) (accel.Mapping, error) {
+	manifest := there.manifest
 	ctx, cancel := context.WithCancel(ctx)
 	type answer struct {
 		m   accel.Mapping
 		err error
 	}
 	ask := []func() (accel.Mapping, error){
-		func() (accel.Mapping, error) { return l.attached(ctx, source, manifest) },
+		func() (accel.Mapping, error) { return l.attachedMapping(ctx, there) },
 	}
 	if l.o.Server != nil {
 		ask = append(ask, func() (accel.Mapping, error) {
@@ -67,23 +63,22 @@ func (l *Lazy) mapping(ctx context.Context, source *registry.Source, manifest di
 	return accel.Mapping{}, fmt.Errorf("%w: no signed mapping of %s", accel.ErrNotFound, manifest)
 }
 
-// attached looks among what refers to the manifest in its repository.
-func (l *Lazy) attached(ctx context.Context, source *registry.Source, manifest digest.Digest) (accel.Mapping, error) {
-	list, err := source.Referrers(ctx, manifest, accel.MediaTypeMapping)
+// attachedMapping looks among what refers to the manifest in its repository.
+func (l *Lazy) attachedMapping(ctx context.Context, there *attached) (accel.Mapping, error) {
+	list, err := there.of(ctx, accel.MediaTypeMapping)
 	if err != nil {
-		return accel.Mapping{}, fmt.Errorf("list what refers to %s: %w", manifest, err)
+		return accel.Mapping{}, err
 	}
-	for _, desc := range list[:min(len(list), maxCandidates)] {
-		if desc.ArtifactType != accel.MediaTypeMapping {
-			continue
-		}
+	for _, desc := range list {
 		envelope := desc.Annotations[accel.AnnotationMapping]
 		if envelope == "" { // a registry whose listing leaves the annotations out
-			if envelope, err = l.envelope(ctx, source, digest.Digest(desc.Digest.String())); err != nil {
+			m, err := artifactOf(ctx, there.source, digest.Digest(desc.Digest.String()))
+			if err != nil {
 				return accel.Mapping{}, err
 			}
+			envelope = m.Annotations[accel.AnnotationMapping]
 		}
-		m, err := l.believe(ctx, []byte(envelope), manifest, source.Repository())
+		m, err := l.believe(ctx, []byte(envelope), there.manifest, there.source.Repository())
 		if err == nil {
 			return m, nil
 		}
@@ -91,7 +86,7 @@ func (l *Lazy) attached(ctx context.Context, source *registry.Source, manifest d
 			return accel.Mapping{}, ctx.Err()
 		}
 	}
-	return accel.Mapping{}, fmt.Errorf("%w: nothing that refers to %s is a mapping that can be believed", accel.ErrNotFound, manifest)
+	return accel.Mapping{}, fmt.Errorf("%w: nothing that refers to %s is a mapping that can be believed", accel.ErrNotFound, there.manifest)
 }
 
 // believe returns what a trusted key signed, for this manifest. Anything else is said in the log: it may be

@@ -14,6 +14,11 @@ type metrics struct {
 	refused      prometheus.Counter
 	liars        prometheus.Counter
 	holderDeaths prometheus.Counter
+
+	profiles     *prometheus.CounterVec
+	profileBytes *prometheus.CounterVec
+	starts       *prometheus.CounterVec
+	startMisses  prometheus.Histogram
 }
 
 func newMetrics(r prometheus.Registerer, l *Lazy) (*metrics, error) {
@@ -22,6 +27,19 @@ func newMetrics(r prometheus.Registerer, l *Lazy) (*metrics, error) {
 		refused:      prometheus.NewCounter(prometheus.CounterOpts{Name: "accel_lazy_refused_mappings_total", Help: "Mappings that no trusted key signed for the manifest that they were found with."}),
 		liars:        prometheus.NewCounter(prometheus.CounterOpts{Name: "accel_lazy_false_diff_ids_total", Help: "Images whose config claims another DiffID than a layer of theirs has; their snapshots were set aside."}),
 		holderDeaths: prometheus.NewCounter(prometheus.CounterOpts{Name: "accel_lazy_holder_deaths_total", Help: "Holder processes that ended with mounts of theirs in use."}),
+	}
+	m.profiles = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "accel_lazy_profile_waves_total", Help: "Images of which was fetched ahead what their start reads, by where the profile was found."}, []string{"from"})
+	m.profileBytes = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "accel_lazy_profile_bytes_total", Help: "Content that was fetched ahead by profiles: planned; and of that, when a start was recorded, used or vain."}, []string{"what"})
+	m.starts = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "accel_lazy_profile_starts_total", Help: "Starts that were recorded: complete, incomplete, or lost."}, []string{"result"})
+	m.startMisses = prometheus.NewHistogram(prometheus.HistogramOpts{Name: "accel_lazy_profile_start_misses", Help: "Reads that had to wait during a recorded start that something was fetched ahead of.", Buckets: prometheus.ExponentialBuckets(1, 2, 12)})
+	for _, from := range []string{fromNode, fromServer, fromRegistry} {
+		m.profiles.WithLabelValues(from)
+	}
+	for _, what := range []string{"planned", "used", "vain"} {
+		m.profileBytes.WithLabelValues(what)
+	}
+	for _, result := range []string{"complete", "incomplete", "lost"} {
+		m.starts.WithLabelValues(result)
 	}
 	for _, answer := range []string{"mapping", "stargz", "declined", "error"} {
 		m.images.WithLabelValues(answer)
@@ -34,7 +52,7 @@ func newMetrics(r prometheus.Registerer, l *Lazy) (*metrics, error) {
 		defer l.mu.Unlock()
 		return float64(len(l.open))
 	})
-	for _, c := range []prometheus.Collector{m.images, m.refused, m.liars, m.holderDeaths, layers} {
+	for _, c := range []prometheus.Collector{m.images, m.refused, m.liars, m.holderDeaths, m.profiles, m.profileBytes, m.starts, m.startMisses, layers} {
 		if err := r.Register(c); err != nil {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}
@@ -54,6 +72,33 @@ func (m *metrics) count(img *image, err error) {
 		m.images.WithLabelValues("mapping").Inc()
 	default:
 		m.images.WithLabelValues("stargz").Inc()
+	}
+}
+
+// planned counts what is fetched ahead by a profile.
+func (m *metrics) planned(w *wave) {
+	m.profiles.WithLabelValues(w.From).Inc()
+	m.profileBytes.WithLabelValues("planned").Add(float64(w.PlannedBytes))
+}
+
+// ended counts what that was worth.
+func (m *metrics) ended(a Ahead) {
+	m.profileBytes.WithLabelValues("used").Add(float64(a.UsedBytes))
+	m.profileBytes.WithLabelValues("vain").Add(float64(a.VainBytes))
+}
+
+// recorded counts a start.
+func (m *metrics) recorded(s Start) {
+	result := "incomplete"
+	switch {
+	case s.Problem != "":
+		result = "lost"
+	case s.Complete:
+		result = "complete"
+	}
+	m.starts.WithLabelValues(result).Inc()
+	if s.Ahead != nil {
+		m.startMisses.Observe(float64(s.Misses))
 	}
 }
 

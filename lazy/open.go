@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"accel"
@@ -163,9 +164,7 @@ func (l *Lazy) completed(y *openLayer) {
 	l.mu.Lock()
 	ctx := l.running
 	l.mu.Unlock()
-	if err := l.host.Complete(ctx, y.Digest()); err != nil && ctx.Err() == nil {
-		l.o.Log.Warn("a complete layer is served through the holder still", "layer", y.Digest(), "error", err)
-	}
+	l.unhold(ctx, y.Digest())
 	l.wantCheck(y)
 }
 
@@ -188,7 +187,30 @@ func (l *Lazy) mount(ctx context.Context, d digest.Digest, target string) error 
 	if err := l.openLayer(ctx, d, nil); err != nil {
 		return err
 	}
-	return l.host.Mount(ctx, d, target)
+	l.mu.Lock()
+	y := l.open[d]
+	l.mu.Unlock()
+	// Lest the layer is turned to the plain file just after it was mounted to be watched.
+	unlock, err := l.turns.Lock(ctx, d.String())
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if y == nil || !l.starts.mounting(d) {
+		return l.host.Mount(ctx, d, target)
+	}
+	if !l.starts.recorded(d) {
+		y.ResetReads()
+	}
+	err = l.host.MountWatched(ctx, d, target)
+	l.starts.mounted(d, err == nil && l.mountedLazily(target))
+	return err
+}
+
+// mountedLazily reports whether reads at a place go through a holder: one that was there is left as it is.
+func (l *Lazy) mountedLazily(target string) bool {
+	mounts, err := l.host.Mounts()
+	return err == nil && slices.ContainsFunc(mounts, func(m lazyfs.MountInfo) bool { return m.Target == target && m.Lazy })
 }
 
 // Unmount implements snapshot.Mounts.
@@ -203,6 +225,9 @@ func (l *Lazy) sweep(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
+		}
+		for _, d := range l.starts.overdue() {
+			l.unhold(ctx, d)
 		}
 		mounted := map[digest.Digest]bool{}
 		mounts, err := l.host.Mounts()
@@ -252,6 +277,7 @@ func (l *Lazy) closeLayer(ctx context.Context, d digest.Digest) error {
 	if err := l.host.Remove(ctx, d); err != nil && !errors.Is(err, lazyfs.ErrUnknown) {
 		return err
 	}
+	l.starts.closed(d)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	delete(l.open, d)

@@ -45,6 +45,7 @@ type counts struct {
 	fetched, copied int64 // bytes of the blob that came over the network, and that other layers had
 	present, size   int64 // bytes of the blob, the present ones estimated by the share of its chunks
 	misses          int64
+	missBytes       int64 // of content that they waited for
 	waited          time.Duration
 }
 
@@ -166,7 +167,7 @@ func (l *Lazy) counts(d digest.Digest) counts {
 	s := l.filler.Stats(d)
 	there := int64(y.Len() - y.Left())
 	return counts{
-		fetched: s.FetchedBytes, copied: s.CopiedBytes, misses: s.Misses, waited: s.Waited,
+		fetched: s.FetchedBytes, copied: s.CopiedBytes, misses: s.Misses, missBytes: s.MissBytes, waited: s.Waited,
 		size: y.origin.SizeBytes, present: int64(float64(y.origin.SizeBytes) * float64(there) / float64(cmp.Or(y.Len(), 1))),
 	}
 }

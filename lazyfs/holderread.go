@@ -23,7 +23,7 @@ func (f *fuseServer) read(unique, node uint64, offset int64, size int) {
 		return
 	}
 	size = int(min(int64(size), file.size-offset))
-	first, n, err := file.missing(offset, size)
+	first, n, err := file.wanted(offset, size)
 	if err != nil || n == 0 {
 		f.answer(unique, file, offset, size, err)
 		f.shelf.put(file)

@@ -29,6 +29,7 @@ type held struct {
 	size   int64
 	table  *Table
 	bitmap *bitmap
+	reads  *readTimes // nil: not noted
 	data   *os.File
 
 	// The shelf's lock guards these.
@@ -58,6 +59,11 @@ func hold(l heldLayer) (f *held, err error) {
 	if f.bitmap, err = mapBitmap(l.Bits, f.table.Len(), false); err != nil {
 		return nil, err
 	}
+	if l.Reads != "" {
+		if reads, err := mapReads(l.Reads, f.table.Len()); err == nil { // else they are not noted
+			f.reads = reads
+		}
+	}
 	if f.data, err = os.Open(l.Data); err != nil {
 		return nil, err
 	}
@@ -79,6 +85,9 @@ func (f *held) close() error {
 	if f.bitmap != nil {
 		errs = append(errs, f.bitmap.close())
 	}
+	if f.reads != nil {
+		errs = append(errs, f.reads.close())
+	}
 	if f.data != nil {
 		errs = append(errs, f.data.Close())
 	}
@@ -94,10 +103,7 @@ func (f *held) missing(offset int64, size int) (first, n int, err error) {
 			err = fmt.Errorf("%w: %v", ErrDamaged, fault)
 		}
 	}()
-	count := f.table.Len()
-	from := sort.Search(count, func(i int) bool { c := f.table.At(i); return c.DataOffset+c.Bytes > offset })
-	end := offset + int64(size)
-	to := from + sort.Search(count-from, func(i int) bool { return f.table.dataOffset(from+i) >= end })
+	from, to := f.chunks(offset, size)
 	first = f.bitmap.missing(from, to)
 	for last := to; last > first; last-- {
 		if !f.bitmap.has(last - 1) {
@@ -105,6 +111,30 @@ func (f *held) missing(offset int64, size int) (first, n int, err error) {
 		}
 	}
 	return 0, 0, nil
+}
+
+// chunks are those that a read needs, [from, to).
+func (f *held) chunks(offset int64, size int) (from, to int) {
+	count := f.table.Len()
+	from = sort.Search(count, func(i int) bool { c := f.table.At(i); return c.DataOffset+c.Bytes > offset })
+	end := offset + int64(size)
+	to = from + sort.Search(count-from, func(i int) bool { return f.table.dataOffset(from+i) >= end })
+	return from, to
+}
+
+// wanted is missing for a read that has just come, which it notes.
+func (f *held) wanted(offset int64, size int) (first, n int, err error) {
+	first, n, err = f.missing(offset, size)
+	if err == nil && f.reads != nil {
+		f.noteRead(offset, size)
+	}
+	return first, n, err
+}
+
+// noteRead fails no read: a file that was cut short costs a profile alone.
+func (f *held) noteRead(offset int64, size int) {
+	defer func() { _ = recover() }()
+	f.reads.note(f.chunks(offset, size))
 }
 
 // attr writes the file's attributes.

@@ -86,8 +86,10 @@ func NewHost(o Options) (*Host, error) {
 	return &Host{o: o, layers: map[digest.Digest]*Layer{}, holders: map[string]*holderLink{}, children: map[int]bool{}, adopted: make(chan struct{})}, nil
 }
 
-// bitsDir in Dir has the bitmaps.
-const bitsDir = "bits"
+const (
+	bitsDir     = "bits"   // in Dir, has the bitmaps
+	readsSuffix = ".reads" // of the files beside them that say what was read
+)
 
 // Add makes a layer known; d is a SHA-256 digest. has tells which chunks are durable, as the store's
 // index knows; what a living holder's bitmap knows beyond that is there too. A layer that
@@ -107,6 +109,9 @@ func (h *Host) Add(d digest.Digest, f Files, has func(chunk int) bool) (*Layer, 
 	l, err := openLayer(d, f, filepath.Join(h.o.Dir, bitsDir, fileName(d)), has)
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", d, err)
+	}
+	if err := l.keepReads(filepath.Join(h.o.Dir, bitsDir, fileName(d)+readsSuffix)); err != nil {
+		h.o.Log.Warn("what is read of a layer is not known", "layer", d, "error", err)
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -154,6 +159,9 @@ func (h *Host) Remove(ctx context.Context, d digest.Digest) error {
 	}
 	h.unlink(filepath.Join(h.o.Dir, sourcesDir, plainSource, fileName(d)))
 	h.unlink(l.bits)
+	if l.times != "" {
+		h.unlink(l.times)
+	}
 	h.mu.Lock()
 	delete(h.layers, d)
 	h.mu.Unlock()

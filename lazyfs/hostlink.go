@@ -126,7 +126,7 @@ func (l *holderLink) layers() map[digest.Digest]int {
 
 func (l *holderLink) add(ctx context.Context, layer *Layer) error {
 	_, err := l.peer.ask(ctx, message{Kind: askAdd, Layers: []heldLayer{
-		{Digest: layer.digest, Table: layer.files.Table, Data: layer.files.Data, Bits: layer.bits},
+		{Digest: layer.digest, Table: layer.files.Table, Data: layer.files.Data, Bits: layer.bits, Reads: layer.times},
 	}})
 	if err != nil {
 		return fmt.Errorf("hand layer %s to holder: %w", layer.digest, err)

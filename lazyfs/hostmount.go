@@ -24,6 +24,15 @@ const readAheadBytes = 256 << 10
 // already is nothing; where that is dead (see Options.HolderDied) it is replaced. Errors:
 // ErrUnknown, ErrInUse where something else is mounted at target, ErrUnsupported, ctx's cause, what the kernel gave.
 func (h *Host) Mount(ctx context.Context, d digest.Digest, target string) error {
+	return h.mount(ctx, d, target, false)
+}
+
+// MountWatched is Mount through a holder in any case, so that Layer.Reads tells what is read.
+func (h *Host) MountWatched(ctx context.Context, d digest.Digest, target string) error {
+	return h.mount(ctx, d, target, true)
+}
+
+func (h *Host) mount(ctx context.Context, d digest.Digest, target string, watched bool) error {
 	target, err := canonical(target)
 	if err != nil {
 		return err
@@ -58,7 +67,7 @@ func (h *Host) Mount(ctx context.Context, d digest.Digest, target string) error 
 		}
 		put = func(fd int) error { return replace(fd, target) }
 	}
-	lazy := !l.Complete()
+	lazy := watched || !l.Complete()
 	fd, err := h.make(ctx, l, lazy)
 	if err != nil {
 		return err

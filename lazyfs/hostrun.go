@@ -99,13 +99,28 @@ func (h *Host) adopt(r *run) error {
 	if err != nil {
 		return err
 	}
-	for _, name := range bitmaps {
-		_, known := h.Layer(digest.NewDigestFromEncoded(digest.SHA256, name))
-		if !known && !needed[name] && !silent {
-			h.unlink(filepath.Join(h.o.Dir, bitsDir, name))
+	for _, file := range bitmaps {
+		if isNew(filepath.Join(h.o.Dir, bitsDir, file)) {
+			continue // Add is making it just now
 		}
+		name := strings.TrimSuffix(file, readsSuffix)
+		d := digest.NewDigestFromEncoded(digest.SHA256, name)
+		unlock, err := h.byDigest.Lock(r.ctx, string(d)) // Add may be about to know it
+		if err != nil {
+			return err
+		}
+		if _, known := h.Layer(d); !known && !needed[name] && !silent {
+			h.unlink(filepath.Join(h.o.Dir, bitsDir, file))
+		}
+		unlock()
 	}
 	return nil
+}
+
+// isNew reports whether a file is one that is being made, and no crash can have left.
+func isNew(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && strings.HasPrefix(info.Name(), newPrefix) && time.Since(info.ModTime()) < time.Minute
 }
 
 func readNames(dir string) ([]string, error) {

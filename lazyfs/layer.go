@@ -22,12 +22,14 @@ type Layer struct {
 	digest digest.Digest
 	files  Files
 	bits   string // the bitmap's path
+	times  string // that of reads; empty where there are none
 
 	// mu is held to read while the maps below are used, to write only to unmap them.
 	mu     sync.RWMutex
 	closed bool
 	table  *Table
 	bitmap *bitmap
+	reads  *readTimes // nil: not kept
 	data   *os.File
 
 	left atomic.Int64 // chunks that are missing
@@ -75,6 +77,14 @@ func openLayer(d digest.Digest, f Files, bits string, has func(chunk int) bool) 
 	return l, nil
 }
 
+// keepReads has the layer tell what is read of it. All else works without.
+func (l *Layer) keepReads(path string) (err error) {
+	if l.reads, err = openReads(path, l.table.Len()); err == nil {
+		l.times = path
+	}
+	return err
+}
+
 func (l *Layer) close() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -88,6 +98,9 @@ func (l *Layer) close() error {
 	}
 	if l.bitmap != nil {
 		errs = append(errs, l.bitmap.close())
+	}
+	if l.reads != nil {
+		errs = append(errs, l.reads.close())
 	}
 	if l.data != nil {
 		errs = append(errs, l.data.Close())

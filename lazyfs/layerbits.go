@@ -31,6 +31,8 @@ type bitmap struct {
 const (
 	bitmapMagic       = "accelbm1"
 	bitmapHeaderBytes = 64
+	// newPrefix begins the names of files that get another when they are whole.
+	newPrefix = ".new-"
 )
 
 // openBitmap maps the bitmap at path for data where it is good for it, else makes a
@@ -118,7 +120,7 @@ func bitmapHeader(data *os.File, chunks int) ([]byte, error) {
 // createBitmap puts the file in place at once. Its pages are allocated now: a full
 // tmpfs must be an error here, not a SIGBUS on the first bit.
 func createBitmap(path string, header []byte, chunks int) error {
-	file, err := os.CreateTemp(filepath.Dir(path), ".new-*")
+	file, err := os.CreateTemp(filepath.Dir(path), newPrefix+"*")
 	if err != nil {
 		return err
 	}

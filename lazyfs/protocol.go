@@ -56,6 +56,7 @@ type heldLayer struct {
 	Table  string        `json:"table"`
 	Data   string        `json:"data"`
 	Bits   string        `json:"bits"`
+	Reads  string        `json:"reads,omitempty"` // empty, or not known: they are not noted
 	Opens  int           `json:"opens,omitempty"`
 }
 

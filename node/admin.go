@@ -11,6 +11,7 @@ import (
 	"accel"
 	"accel/api"
 	"accel/cache"
+	"accel/lazy"
 
 	"github.com/danielgtaylor/huma/v2"
 	"github.com/danielgtaylor/huma/v2/adapters/humago"
@@ -55,6 +56,9 @@ func (n *Node) admin(ctx context.Context) http.Handler {
 	conf.DocsPath, conf.CreateHooks = "", nil
 	routes := humago.New(mux, conf)
 	c := &Contents{store: n.store, canonical: n.o.Registry.Canonical}
+	if n.mounts != nil {
+		c.mounted, c.layersOf, c.forget = n.mounts.lazy.ManifestOf, n.mounts.lazy.LayersOf, n.mounts.lazy.Forget
+	}
 
 	get(routes, "node", "/v1/node", "What the node is and how it does", func(context.Context, *struct{}) (Status, error) { return n.status(), nil })
 	get(routes, "mounts", "/v1/mounts", "Images of which layers are lazily mounted", func(context.Context, *struct{}) ([]MountedImage, error) { return n.mounted(), nil })
@@ -71,6 +75,13 @@ func (n *Node) admin(ctx context.Context) http.Handler {
 	})
 	post(routes, "cache-unpin", "/v1/cache/unpin", "Release what was pinned by this name", func(ctx context.Context, in *body[What]) (struct{}, error) {
 		return struct{}{}, c.Unpin(ctx, in.Body.What)
+	})
+	post(routes, "cache-remove", "/v1/cache/remove", "Drop what there is of an image or a digest, unless it is pinned or in use", func(ctx context.Context, in *body[What]) (cache.Report, error) {
+		return c.Remove(ctx, in.Body.What)
+	})
+	get(routes, "starts", "/v1/starts", "Starts of containers whose reads were recorded, the newest first", func(context.Context, *struct{}) ([]lazy.Start, error) { return n.starts(), nil })
+	post(routes, "start-answered", "/v1/starts/answered", "The program in a container answers: its start is over", func(_ context.Context, in *body[Answered]) (struct{}, error) {
+		return struct{}{}, n.answered(in.Body.Container)
 	})
 	huma.Register(routes, huma.Operation{
 		OperationID: "cache-check", Method: http.MethodPost, Path: "/v1/cache/check",

@@ -13,6 +13,7 @@ import (
 
 	"accel/api"
 	"accel/cache"
+	"accel/lazy"
 )
 
 // Client asks a live node by its unix socket. It offers what Contents does.
@@ -78,6 +79,22 @@ func (c *Client) Pin(ctx context.Context, what string) (content Content, err err
 // Unpin releases what Pin of the same name held.
 func (c *Client) Unpin(ctx context.Context, what string) error {
 	return c.do(ctx, http.MethodPost, "/v1/cache/unpin", What{what}, &struct{}{})
+}
+
+// Remove drops what there is of an image or a digest; accel.ErrConflict where it is pinned or in use.
+func (c *Client) Remove(ctx context.Context, what string) (r cache.Report, err error) {
+	return r, c.do(ctx, http.MethodPost, "/v1/cache/remove", What{what}, &r)
+}
+
+// Starts are those that were recorded, or are being, the newest first.
+func (c *Client) Starts(ctx context.Context) (starts []lazy.Start, err error) {
+	return starts, c.do(ctx, http.MethodGet, "/v1/starts", nil, &starts)
+}
+
+// Answered tells that the program in a container answers, so that the recording of its start ends. accel.ErrNotFound
+// where it is not being recorded.
+func (c *Client) Answered(ctx context.Context, container string) error {
+	return c.do(ctx, http.MethodPost, "/v1/starts/answered", Answered{container}, &struct{}{})
 }
 
 // Check reads every complete blob again and drops what is damaged.

@@ -48,6 +48,11 @@ type Content struct {
 type Contents struct {
 	store     *cache.Store
 	canonical func(host string) (string, error)
+	// mounted is the manifest that containerd asked for by a tag, layersOf are the layers that are mounted for a manifest, and
+	// forget closes one that is not mounted; nil where nothing is mounted by this process.
+	mounted  func(repository, tag string) digest.Digest
+	layersOf func(manifest digest.Digest) []digest.Digest
+	forget   func(ctx context.Context, d digest.Digest) error
 }
 
 // List returns all blobs and layers, those used last first.
@@ -122,10 +127,12 @@ func (c *Contents) Stat(_ context.Context, what string) (Content, error) {
 	d := ref.Digest
 	if d == "" {
 		tag, err := c.store.Tag(ref.Name(), ref.Tag)
-		if err != nil {
+		if d = tag.Digest; err != nil && c.mounted != nil {
+			d = c.mounted(ref.Name(), ref.Tag)
+		}
+		if d == "" {
 			return Content{}, fmt.Errorf("%s: %w", what, err)
 		}
-		d = tag.Digest
 	}
 	return c.image(what, ref.Name(), d)
 }

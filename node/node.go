@@ -57,8 +57,11 @@ type Options struct {
 	Server *api.Client
 	// Heartbeat is how often the server is told of the node; default 30 s.
 	Heartbeat time.Duration
-	// Warms is how many images are brought ahead at a time; default 1.
-	Warms int
+	// Warms is how many images are brought ahead at a time; default 1. WarmForm is one of the constants, default
+	// WarmAuto. WarmAll has all of an image brought that is to be mounted lazily, not only what its start reads.
+	Warms    int
+	WarmForm string
+	WarmAll  bool
 	// Drain is how long clients may go on to read after a stop was asked for; default 5 s. They
 	// know to go on with a range, at the registry itself where need be.
 	Drain   time.Duration
@@ -257,7 +260,7 @@ func (n *Node) self() accel.Node {
 	}
 }
 
-// fetch brings an image ahead; see mirror.Warm.
+// fetch brings an image's blobs; see mirror.Warm.
 func (n *Node) fetch(ctx context.Context, image string, progress func(fetched, total int64)) (digest.Digest, error) {
 	_, d, err := n.mirror.Warm(ctx, image, "", progress)
 	return d, err

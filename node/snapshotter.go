@@ -7,8 +7,10 @@ import (
 	"log/slog"
 	"net"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
+	"accel"
 	"accel/cache"
 	"accel/lazy"
 	"accel/snapshot"
@@ -31,8 +33,17 @@ type Snapshotter struct {
 // mounts are a node's lazy mounts: what containerd asks, and what mounts.
 type mounts struct {
 	*snapshot.Snapshotter
-	lazy *lazy.Lazy
-	log  *slog.Logger
+	lazy  *lazy.Lazy
+	log   *slog.Logger
+	asked atomic.Bool // by containerd, for the snapshot of a layer or of a container
+}
+
+// used reports whether containerd takes snapshots from this node.
+func (m *mounts) used() bool { return m.asked.Load() || len(m.Lazy()) > 0 }
+
+func (m *mounts) observe(e snapshot.Event) {
+	m.asked.Store(true)
+	m.lazy.Observe(e)
 }
 
 // snapshotsDir is where containerd's snapshots are in a node's folder.
@@ -55,7 +66,7 @@ func (n *Node) openMounts(ctx context.Context) (_ *mounts, err error) {
 	}
 	m := &mounts{log: n.o.Log}
 	m.lazy, err = lazy.New(lazy.Options{
-		Dir: filepath.Join(n.o.Dir, "lazy"), RunDir: o.RunDir, Version: n.o.Version, Holder: o.Holder,
+		Dir: filepath.Join(n.o.Dir, "lazy"), RunDir: o.RunDir, Version: n.o.Version, Node: n.o.Name, Holder: o.Holder,
 		Store: n.store, Registry: n.o.Registry, Server: n.o.Server, Keys: keys,
 		Off: o.Off, Except: o.Except, Stargz: o.Stargz, BackgroundBytesPerSecond: o.BackgroundBytesPerSecond,
 		SetAside: m.setAside, Remount: m.remount, Record: n.meter.Record, Registerer: n.o.Metrics, Log: n.o.Log,
@@ -69,7 +80,7 @@ func (n *Node) openMounts(ctx context.Context) (_ *mounts, err error) {
 		}
 	}()
 	m.Snapshotter, err = snapshot.Open(ctx, snapshot.Options{
-		Dir: snapshotsDir(n.o.Dir), Images: m.lazy, Mounts: m.lazy, Pins: n.store, RemapIDs: snapshot.CanRemapIDs(),
+		Dir: snapshotsDir(n.o.Dir), Images: m.lazy, Mounts: m.lazy, Pins: n.store, RemapIDs: snapshot.CanRemapIDs(), Observe: m.observe,
 		Registerer: n.o.Metrics, Log: n.o.Log,
 	})
 	if err != nil {
@@ -153,6 +164,7 @@ type MountedImage struct {
 	SizeBytes    int64         `json:"sizeBytes"`
 	LocalPercent float64       `json:"localPercent"`
 	BytesPerSec  float64       `json:"bytesPerSecond"`
+	Ahead        *lazy.Ahead   `json:"ahead,omitempty" doc:"what was fetched ahead of its start, by a profile"`
 	Misses       int64         `json:"misses" doc:"reads that had to wait, since the node started"`
 	Waited       time.Duration `json:"waitedNs"`
 }
@@ -181,7 +193,10 @@ func (n *Node) mounted() []MountedImage {
 		k := key{s.Request.Reference, s.Request.Manifest}
 		m := images[k]
 		if m == nil {
-			m = &MountedImage{Image: k.reference, Digest: k.manifest, Layers: []lazy.LayerState{}, Bad: map[string]string{}}
+			m = &MountedImage{
+				Image: k.reference, Digest: k.manifest, Layers: []lazy.LayerState{}, Bad: map[string]string{},
+				Ahead: n.mounts.lazy.AheadOf(k.manifest),
+			}
 			images[k], seen[k] = m, map[digest.Digest]bool{}
 			order = append(order, k)
 		}
@@ -212,4 +227,24 @@ func (m *MountedImage) add(s lazy.LayerState) {
 	m.BytesPerSec += s.BytesPerSecond
 	m.Misses += s.Misses
 	m.Waited += s.Waited
+}
+
+// Answered names a container whose program answers.
+type Answered struct {
+	Container string `json:"container" minLength:"1" maxLength:"512" doc:"its ID"`
+}
+
+// starts are those that were recorded, or are being.
+func (n *Node) starts() []lazy.Start {
+	if n.mounts == nil {
+		return []lazy.Start{}
+	}
+	return n.mounts.lazy.Starts()
+}
+
+func (n *Node) answered(container string) error {
+	if n.mounts == nil {
+		return fmt.Errorf("%w: this node mounts nothing", accel.ErrNotFound)
+	}
+	return n.mounts.lazy.Answered(container)
 }

@@ -133,7 +133,7 @@ func (n *Node) tell(ctx context.Context, w accel.Warm) error {
 func (n *Node) fetchTried(ctx context.Context, image string, progress func(fetched, total int64)) (d digest.Digest, err error) {
 	var pause pauses
 	for attempt := 1; ; attempt++ {
-		if d, err = n.fetch(ctx, image, progress); err == nil || attempt == warmAttempts || ctx.Err() != nil || hopeless(err) {
+		if d, err = n.bring(ctx, image, progress); err == nil || attempt == warmAttempts || ctx.Err() != nil || hopeless(err) {
 			return d, err
 		}
 		n.o.Log.Debug("an image could not be brought ahead; trying again", "image", image, "error", err)
@@ -142,6 +142,26 @@ func (n *Node) fetchTried(ctx context.Context, image string, progress func(fetch
 		}
 		pause.wait(ctx)
 	}
+}
+
+// What a warm brings.
+const (
+	WarmAuto  = "auto"  // as WarmLazy where containerd has asked this node for snapshots, else as WarmBlobs
+	WarmLazy  = "lazy"  // what a lazy mount's start reads; blobs where an image cannot be mounted lazily
+	WarmBlobs = "blobs" // an image's blobs, for clients of the mirror
+)
+
+// bring fetches an image in the form that it will be started from.
+func (n *Node) bring(ctx context.Context, image string, progress func(fetched, total int64)) (digest.Digest, error) {
+	if n.mounts != nil && (n.o.WarmForm == WarmLazy || n.o.WarmForm != WarmBlobs && n.mounts.used()) {
+		d, err := n.mounts.lazy.Warm(ctx, image, n.o.WarmAll, progress)
+		if err == nil || ctx.Err() != nil {
+			return d, err
+		}
+		// Then containerd will pull it as ever, through the mirror.
+		n.o.Log.Info("an image is brought ahead as blobs", "image", image, "reason", err)
+	}
+	return n.fetch(ctx, image, progress)
 }
 
 // hopeless reports whether a person has to mend err.

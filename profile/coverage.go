@@ -38,3 +38,18 @@ func Coverage(recorded, predicted accel.Profile) (c Cover) {
 	}
 	return c
 }
+
+// Minus is what a names and b does not, in a's order.
+func Minus(a, b accel.Profile) (rest []Item) {
+	seen := map[place]*spans{}
+	for _, i := range b.Items {
+		covered(seen, i)
+	}
+	for _, i := range a.Items {
+		for _, s := range covered(seen, i) {
+			i.Offset, i.Bytes = s.from, s.to-s.from
+			rest = append(rest, i)
+		}
+	}
+	return rest
+}

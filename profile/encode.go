@@ -10,7 +10,7 @@ import (
 )
 
 // MediaType is that of an encoded profile.
-const MediaType = "application/vnd.dev.accel.profile.v1+json"
+const MediaType = accel.MediaTypeProfile
 
 type wireProfile struct {
 	Version    int                 `json:"v"`

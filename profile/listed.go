@@ -18,8 +18,8 @@ const (
 	maxListedInBytes = 256 << 10
 )
 
-// listOf splits a label's value.
-func listOf(value string) []string {
+// ListOf splits the label's value for Listed.
+func ListOf(value string) []string {
 	if len(value) > maxListedInBytes {
 		return nil
 	}

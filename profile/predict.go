@@ -48,7 +48,7 @@ func Predict(ctx context.Context, v View, s Start) ([]Item, error) {
 	if s.WorkingDir != "" {
 		p.cwd = path.Join("/", s.WorkingDir)
 	}
-	p.items = append(p.items, Listed(v.Tree, listOf(s.Labels[LabelPrefetch]))...)
+	p.items = append(p.items, Listed(v.Tree, ListOf(s.Labels[LabelPrefetch]))...)
 	for _, i := range p.items {
 		covered(p.seen, i)
 	}

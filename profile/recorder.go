@@ -29,6 +29,9 @@ type RecorderOptions struct {
 	// no page of them was in the kernel's cache and every read is seen. See
 	// Report.Complete.
 	Cold bool
+	// Profile is the version of the profile that is fetched ahead for this start; empty:
+	// none is.
+	Profile digest.Digest
 	// Quiet is how long no new part may be read until the start counts as over; 0
 	// means 10 s. Counted from the first part on.
 	Quiet time.Duration
@@ -203,9 +206,12 @@ func (r *Recorder) look() time.Duration {
 func (r *Recorder) Report(layers []*Layer) Report {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	end := r.end
-	if end == "" {
+	end, took := r.end, time.Duration(0)
+	switch end {
+	case "":
 		end = EndStopped
+	case EndAnswered:
+		took = min(max(r.ended.Sub(r.started), 0), maxTook)
 	}
 	index := map[digest.Digest]int{}
 	for n, l := range layers {
@@ -241,7 +247,7 @@ func (r *Recorder) Report(layers []*Layer) Report {
 	}
 	return Report{
 		ID: newID(), Node: r.o.Node, Manifest: r.o.Manifest, StartedAt: r.started.UTC().Truncate(time.Second),
-		Complete: r.o.Cold && (end == EndAnswered || end == EndQuiet), End: end,
+		Complete: r.o.Cold && (end == EndAnswered || end == EndQuiet), End: end, Took: took, Profile: r.o.Profile,
 		Items: bounded(items, MaxItems, MaxHotBytes),
 	}
 }

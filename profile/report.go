@@ -38,9 +38,18 @@ type Report struct {
 	// name it says nothing about.
 	Complete bool
 	End      End
+	// Took is how long the start took, from its mount until the program answered; 0 for
+	// any other End than EndAnswered, or where nobody knows. At most a day.
+	Took time.Duration
+	// Profile is the version of the profile that was fetched ahead for it; empty: none
+	// was. See Version.
+	Profile digest.Digest
 	// Items are in the order of their first use. They do not overlap.
 	Items []Item
 }
+
+// maxTook bounds a start's duration, lest a sum of them runs over.
+const maxTook = 24 * time.Hour
 
 // newID is a report's.
 func newID() string {
@@ -64,6 +73,12 @@ func (r Report) check() error {
 	if r.StartedAt.IsZero() {
 		return fmt.Errorf("%w: no time", accel.ErrInvalid)
 	}
+	if r.Took < 0 || r.Took > maxTook || (r.Took > 0 && r.End != EndAnswered) {
+		return fmt.Errorf("%w: a start that took %v and ended %s", accel.ErrInvalid, r.Took, r.End)
+	}
+	if r.Profile != "" && r.Profile.Validate() != nil {
+		return fmt.Errorf("%w: fetched ahead by profile %.100q", accel.ErrInvalid, r.Profile)
+	}
 	return checkHead(r.Manifest, r.StartedAt)
 }
 
@@ -75,6 +90,8 @@ type wireReport struct {
 	StartedAt int64         `json:"startedAt"` // Unix seconds
 	Complete  bool          `json:"complete,omitempty"`
 	End       End           `json:"end"`
+	Took      int64         `json:"tookNs,omitempty"`
+	Profile   digest.Digest `json:"profile,omitempty"`
 	Layers    []wireLayer   `json:"layers"`
 	Items     []int64       `json:"items"`
 }
@@ -90,7 +107,7 @@ func EncodeReport(r Report) ([]byte, error) {
 	t := tableOf(r.Items)
 	b := marshal(wireReport{
 		Version: wireVersion, ID: r.ID, Node: r.Node, Manifest: r.Manifest, StartedAt: unix(r.StartedAt), Complete: r.Complete, End: r.End,
-		Layers: t.encode(), Items: t.numbers(r.Items),
+		Took: int64(r.Took), Profile: r.Profile, Layers: t.encode(), Items: t.numbers(r.Items),
 	})
 	if len(b) > MaxEncodedBytes {
 		return nil, fmt.Errorf("%w: a report of %d bytes is larger than %d", accel.ErrInvalid, len(b), MaxEncodedBytes)
@@ -109,7 +126,7 @@ func DecodeReport(b []byte) (Report, error) {
 		if w.Version != wireVersion {
 			return r, fmt.Errorf("%w: version %d", accel.ErrInvalid, w.Version)
 		}
-		r = Report{ID: w.ID, Node: w.Node, Manifest: w.Manifest, StartedAt: fromUnix(w.StartedAt), Complete: w.Complete, End: w.End}
+		r = Report{ID: w.ID, Node: w.Node, Manifest: w.Manifest, StartedAt: fromUnix(w.StartedAt), Complete: w.Complete, End: w.End, Took: time.Duration(w.Took), Profile: w.Profile}
 		files, err := decodeFiles(w.Layers, maxPathsBytes)
 		if err != nil {
 			return r, err

@@ -20,9 +20,9 @@ const (
 	MaxReports = 16
 	// MaxReportsOfNode is how many of them may be one node's.
 	MaxReportsOfNode = 4
-	// maxSummaryBytes bounds an encoded summary. Sixteen starts of 2,000 items that have
+	// MaxSummaryBytes bounds an encoded summary. Sixteen starts of 2,000 items that have
 	// most of them in common take some 300 kB.
-	maxSummaryBytes = MaxReports * MaxEncodedBytes
+	MaxSummaryBytes = MaxReports * MaxEncodedBytes
 )
 
 // Summary is a sample of the reports about one image: whole ones before
@@ -58,6 +58,38 @@ func NewSummary(manifest digest.Digest) *Summary { return &Summary{manifest: man
 // Reports is how many reports s keeps.
 func (s *Summary) Reports() int { return len(s.reports) }
 
+// Complete is how many of them saw all reads.
+func (s *Summary) Complete() (n int) {
+	for _, r := range s.reports {
+		if r.Complete {
+			n++
+		}
+	}
+	return n
+}
+
+// Nodes is how many nodes they are of.
+func (s *Summary) Nodes() int {
+	names := map[string]bool{}
+	for _, r := range s.reports {
+		names[r.Node] = true
+	}
+	return len(names)
+}
+
+// Cover is how well a profile foretells the complete reports, added up.
+func (s *Summary) Cover(p accel.Profile) (c Cover) {
+	for _, r := range s.reports {
+		if r.Complete {
+			one := Coverage(accel.Profile{Items: r.Items}, p)
+			c.RecordedBytes += one.RecordedBytes
+			c.CoveredBytes += one.CoveredBytes
+			c.VainBytes += one.VainBytes
+		}
+	}
+	return c
+}
+
 // Manifest is the image's.
 func (s *Summary) Manifest() digest.Digest { return s.manifest }
 
@@ -69,6 +101,7 @@ func (s *Summary) Add(r Report) (changed bool, err error) {
 		return false, fmt.Errorf("%w: report %.40q is about %.100q, not %s", accel.ErrInvalid, r.ID, r.Manifest, s.manifest)
 	}
 	r.Items = bounded(r.Items, MaxItems, MaxHotBytes)
+	r.Took, r.Profile = 0, "" // how it went is not what it read, and is not kept
 	b, err := EncodeReport(r)
 	if err != nil {
 		return false, err
@@ -158,7 +191,7 @@ func (s *Summary) Encode() []byte {
 func DecodeSummary(b []byte) (*Summary, error) {
 	s, err := func() (*Summary, error) {
 		var w wireSummary
-		if err := unmarshal(b, maxSummaryBytes, &w); err != nil {
+		if err := unmarshal(b, MaxSummaryBytes, &w); err != nil {
 			return nil, err
 		}
 		if w.Version != wireVersion || len(w.Reports) > MaxReports {

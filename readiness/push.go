@@ -358,6 +358,12 @@ func (t *Tracker) Announce(ctx context.Context, w Work, ds ...digest.Digest) err
 	})
 }
 
+// AnnounceArtifact is Announce for what is pushed about an image and is none itself, so that no
+// lease is needed.
+func (t *Tracker) AnnounceArtifact(ctx context.Context, d digest.Digest) error {
+	return t.update(ctx, func(c *change) error { return c.Announce(d) })
+}
+
 func isIndex(mediaType string) bool {
 	return mediaType == ocispec.MediaTypeImageIndex || mediaType == "application/vnd.docker.distribution.manifest.list.v2+json"
 }

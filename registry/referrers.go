@@ -11,6 +11,7 @@ import (
 	"accel"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -23,21 +24,34 @@ const maxReferrersPages = 64
 // annotations (image spec, "Guidance for an Empty Descriptor").
 var emptyConfig = v1.Descriptor{MediaType: types.MediaType(ocispec.DescriptorEmptyJSON.MediaType), Digest: hashOf(ocispec.DescriptorEmptyJSON.Data), Size: ocispec.DescriptorEmptyJSON.Size}
 
+// Blob is content of an attachment that is too much for its annotations.
+type Blob struct {
+	MediaType string
+	Content   []byte
+}
+
 // BuildAttachment makes the manifest that Attach pushes, and its descriptor as a
 // referrers listing has it. Equal input gives equal bytes.
-func BuildAttachment(subject v1.Descriptor, artifactType string, annotations map[string]string) (raw []byte, desc v1.Descriptor, err error) {
+func BuildAttachment(subject v1.Descriptor, artifactType string, annotations map[string]string, blobs ...Blob) (raw []byte, desc v1.Descriptor, err error) {
 	if artifactType == "" {
 		return nil, v1.Descriptor{}, fmt.Errorf("%w: an attachment to %s needs an artifact type", accel.ErrInvalid, subject.Digest)
 	}
 	if err := validDigest(digest.Digest(subject.Digest.String())); err != nil {
 		return nil, v1.Descriptor{}, fmt.Errorf("subject of an attachment: %w", err)
 	}
+	layers := []v1.Descriptor{emptyConfig}
+	if len(blobs) > 0 {
+		layers = nil
+	}
+	for _, b := range blobs {
+		layers = append(layers, v1.Descriptor{MediaType: types.MediaType(b.MediaType), Digest: hashOf(b.Content), Size: int64(len(b.Content))})
+	}
 	raw, err = json.Marshal(v1.Manifest{
 		SchemaVersion: 2,
 		MediaType:     types.OCIManifestSchema1,
 		ArtifactType:  artifactType,
 		Config:        emptyConfig,
-		Layers:        []v1.Descriptor{emptyConfig},
+		Layers:        layers,
 		Subject:       &v1.Descriptor{MediaType: subject.MediaType, Digest: subject.Digest, Size: subject.Size},
 		Annotations:   annotations,
 	})
@@ -51,19 +65,24 @@ func BuildAttachment(subject v1.Descriptor, artifactType string, annotations map
 	return raw, desc, err
 }
 
-// Attach pushes an artifact manifest of the given type that refers to subject, with annotations and an empty config; returns its digest.
-// BuildAttachment computes the same without pushing.
-func (c *Client) Attach(ctx context.Context, repository string, subject v1.Descriptor, artifactType string, annotations map[string]string) (digest.Digest, error) {
+// Attach pushes an artifact manifest of the given type that refers to subject, with annotations, an empty config and
+// the blobs, if any, as its layers; returns its digest. BuildAttachment computes the same without pushing.
+func (c *Client) Attach(ctx context.Context, repository string, subject v1.Descriptor, artifactType string, annotations map[string]string, blobs ...Blob) (digest.Digest, error) {
 	r, err := c.repository(repository)
 	if err != nil {
 		return "", err
 	}
-	raw, desc, err := BuildAttachment(subject, artifactType, annotations)
+	raw, desc, err := BuildAttachment(subject, artifactType, annotations, blobs...)
 	if err != nil {
 		return "", err
 	}
 	if err := c.pushLayer(ctx, r, emptyBlob{}); err != nil {
 		return "", err
+	}
+	for _, b := range blobs {
+		if err := c.pushLayer(ctx, r, static.NewLayer(b.Content, types.MediaType(b.MediaType))); err != nil {
+			return "", err
+		}
 	}
 	if err := c.ensureManifest(ctx, r, raw, desc.MediaType); err != nil {
 		return "", err

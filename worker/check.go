@@ -47,6 +47,9 @@ func (k *Worker) check(ctx context.Context, rec accel.Record) error {
 	if err := k.Tracker.Checked(ctx, rec.ID, tags); err != nil && !errors.Is(err, accel.ErrNotFound) {
 		return err
 	}
+	if err := k.learnReady(ctx, rec); err != nil && ctx.Err() == nil {
+		k.Log.Warn("cannot see to the profiles of an image; tried again at the next check", "image", rec.Image(), "error", err)
+	}
 	if !k.DeleteTargets {
 		return nil
 	}
@@ -74,7 +77,7 @@ func (k *Worker) targetGone(ctx context.Context, rec accel.Record, why error) er
 
 func (k *Worker) sourceGone(ctx context.Context, rec accel.Record) error {
 	k.Log.Info("the source is gone; removing its converted form", "image", rec.Image())
-	if err := deleteTarget(ctx, k.Tracker, k.Registry, rec); err != nil {
+	if err := (Lifecycle{Tracker: k.Tracker, Registry: k.Registry, Profiles: k.Profiles}).DeleteTarget(ctx, rec); err != nil {
 		return err
 	}
 	_, err := k.Tracker.Delete(ctx, rec.ID)

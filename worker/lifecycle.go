@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"accel"
+	"accel/profile/ledger"
 	"accel/readiness"
 	"accel/registry"
 
@@ -29,12 +30,18 @@ type Orphan struct {
 type Lifecycle struct {
 	Tracker  *readiness.Tracker
 	Registry *registry.Client
+	Profiles *ledger.Ledger // nil: there are none
 }
 
-// DeleteTarget removes rec's converted manifests and mapping artifacts from the
+// DeleteTarget removes rec's converted manifests, mapping and profile artifacts from the
 // registry. The source is never touched; what is gone already is no error.
 func (l Lifecycle) DeleteTarget(ctx context.Context, rec accel.Record) error {
-	return deleteTarget(ctx, l.Tracker, l.Registry, rec)
+	if l.Profiles != nil { // first, so that nothing is published anew
+		if err := l.Profiles.Leave(ctx, rec.Repository, rec.Digest); err != nil {
+			return err
+		}
+	}
+	return deleteTarget(ctx, l.Registry, rec)
 }
 
 // GC finds the Ready records whose source manifest is gone and, unless dryRun,
@@ -81,7 +88,7 @@ func (l Lifecycle) remove(ctx context.Context, rec accel.Record) error {
 	return err
 }
 
-func deleteTarget(ctx context.Context, tracker *readiness.Tracker, client *registry.Client, rec accel.Record) error {
+func deleteTarget(ctx context.Context, client *registry.Client, rec accel.Record) error {
 	if rec.Target.Digest == "" || rec.Target.Digest == rec.Digest {
 		return nil // nothing pushed, or the source itself
 	}
@@ -126,12 +133,14 @@ func deleteTarget(ctx context.Context, tracker *readiness.Tracker, client *regis
 		}
 	}
 	for _, s := range subjects {
-		refs, err := client.Referrers(ctx, repository, digest.Digest(s.Digest.String()), accel.MediaTypeMapping)
-		if err != nil {
-			return fmt.Errorf("list the mappings of %s@%s: %w", repository, s.Digest, err)
-		}
-		for _, r := range refs {
-			doomed = append(doomed, digest.Digest(r.Digest.String()))
+		for _, kind := range []string{accel.MediaTypeMapping, accel.MediaTypeProfile} {
+			refs, err := client.Referrers(ctx, repository, digest.Digest(s.Digest.String()), kind)
+			if err != nil {
+				return fmt.Errorf("list what refers to %s@%s: %w", repository, s.Digest, err)
+			}
+			for _, r := range refs {
+				doomed = append(doomed, digest.Digest(r.Digest.String()))
+			}
 		}
 	}
 	for _, d := range doomed { // the index first, so that nothing that stands refers to what is gone

@@ -14,6 +14,9 @@ type metrics struct {
 	seconds *prometheus.HistogramVec
 	bytes   *prometheus.CounterVec
 	errors  *prometheus.CounterVec
+
+	foretold        *prometheus.CounterVec
+	foretellSeconds prometheus.Histogram
 }
 
 func newMetrics(r prometheus.Registerer) (*metrics, error) {
@@ -31,11 +34,20 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 			Name: "accel_conversion_errors_total",
 			Help: "Attempts that ended without a Ready image, by reason.",
 		}, []string{"reason"}),
+		foretold: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "accel_profile_predictions_total",
+			Help: "Platforms of converted images whose starts were predicted, by result (ok, late, error).",
+		}, []string{"result"}),
+		foretellSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "accel_profile_prediction_seconds",
+			Help:    "Time to predict the start of one platform of an image.",
+			Buckets: prometheus.ExponentialBuckets(0.01, 2, 12),
+		}),
 	}
 	if r == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.seconds, m.bytes, m.errors} {
+	for _, c := range []prometheus.Collector{m.seconds, m.bytes, m.errors, m.foretold, m.foretellSeconds} {
 		if err := r.Register(c); err != nil {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}

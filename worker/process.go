@@ -38,8 +38,9 @@ func (k *Worker) resolve(ctx context.Context, w readiness.Work) (next readiness.
 }
 
 // process converts one leased record. It returns nil when the record has been
-// moved to its next state, and an error for settle to report otherwise.
-func (k *Worker) process(ctx context.Context, w readiness.Work) error {
+// moved to its next state, and an error for settle to report otherwise. What it adds to after is
+// to be done in both cases.
+func (k *Worker) process(ctx context.Context, w readiness.Work, after *afterwork) (err error) {
 	if err := k.Repositories.check(w.Repository); err != nil {
 		return err
 	}
@@ -77,14 +78,22 @@ func (k *Worker) process(ctx context.Context, w readiness.Work) error {
 	if err != nil {
 		return fmt.Errorf("convert %s: %w", w.Image(), err)
 	}
-	defer func() {
+	after.add(func(context.Context) {
 		if cerr := conv.Close(); cerr != nil {
 			k.Log.Warn("cannot remove a conversion's temporary files", "image", w.Image(), "error", cerr)
 		}
-	}()
+	})
 	res := conv.Stats
 	res.Queued = started.Sub(w.CreatedAt)
 	res.Convert = time.Since(started)
+
+	foretold := k.foretell(after.run, w.Record, conv, repository)
+	after.add(func(ctx context.Context) {
+		if err == nil {
+			foretold.wait(ctx, foretellLimit)
+		}
+		foretold.stop()
+	})
 
 	out, err := k.publish(ctx, w, conv, repository, &res)
 	if err != nil {
@@ -101,6 +110,7 @@ func (k *Worker) process(ctx context.Context, w readiness.Work) error {
 	} else if target.Tags, err = k.tags.move(ctx, rec, out.digest); err != nil {
 		return err
 	}
+	foretold.wait(ctx, foretellGrace)
 	res.Total = time.Since(w.CreatedAt)
 	if err := k.Tracker.Finish(ctx, w, target, res, out.mappings); err != nil {
 		return err

@@ -15,6 +15,7 @@ import (
 
 	"accel"
 	"accel/convert"
+	"accel/profile/ledger"
 	"accel/readiness"
 	"accel/registry"
 	"accel/trust"
@@ -43,7 +44,12 @@ type Options struct {
 	LeaseTime time.Duration
 	// DeleteTargets removes the target when a check finds its source gone.
 	DeleteTargets bool
-	Log           *slog.Logger
+	// Profiles is told of each image, and of what its starts are likely to read; nil: of none.
+	Profiles *ledger.Ledger
+	// SkipPrediction leaves out what is predicted: a predecessor's profile and what the image's
+	// maker lists still count.
+	SkipPrediction bool
+	Log            *slog.Logger
 	// Registerer takes the worker's metrics; nil registers none.
 	Registerer prometheus.Registerer
 }
@@ -126,23 +132,41 @@ func (k *Worker) work(ctx context.Context, w readiness.Work) {
 		w = next
 	}
 	leased, stop := k.keepLease(ctx, w)
-	err := k.guard(leased, w)
+	after := &afterwork{run: ctx}
+	err := k.guard(leased, w, after)
 	stop()
 	if errors.Is(context.Cause(leased), accel.ErrLeaseLost) {
 		err = accel.ErrLeaseLost
 	}
 	k.settle(ctx, w, err)
+	after.do(ctx)
+}
+
+// afterwork is what process leaves to be done when the record has gone on: it does not need
+// the lease.
+type afterwork struct {
+	run   context.Context // lasts longer than the lease
+	steps []func(context.Context)
+}
+
+func (a *afterwork) add(step func(context.Context)) { a.steps = append(a.steps, step) }
+
+// do does the steps, the last added first.
+func (a *afterwork) do(ctx context.Context) {
+	for n := len(a.steps) - 1; n >= 0; n-- {
+		a.steps[n](ctx)
+	}
 }
 
 // guard keeps a panic, for instance of a library that was given a hostile
 // image, inside the attempt that caused it.
-func (k *Worker) guard(ctx context.Context, w readiness.Work) (err error) {
+func (k *Worker) guard(ctx context.Context, w readiness.Work, after *afterwork) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("internal error while converting %s: %v", w.Image(), p)
 		}
 	}()
-	return k.process(ctx, w)
+	return k.process(ctx, w, after)
 }
 
 // settle reports an attempt's end. The report itself must not be lost to the

@@ -27,6 +27,7 @@ type contents interface {
 	GC(ctx context.Context) (cache.Report, error)
 	Pin(ctx context.Context, what string) (node.Content, error)
 	Unpin(ctx context.Context, what string) error
+	Remove(ctx context.Context, what string) (cache.Report, error)
 }
 
 func newCache(g *globals) *cobra.Command {
@@ -51,7 +52,7 @@ the same. Images are named as ever (HOST/PATH:TAG or @DIGEST), blobs by digest.`
 		}
 		return conf.withContents(cmd.Context(), newLogger(conf.Log, cmd.ErrOrStderr()), do)
 	}
-	cmd.AddCommand(newCacheList(g, with), newCacheStat(g, with), newCacheCheck(g, with), newCacheGC(g, with), newCachePin(g, with), newCacheUnpin(g, with))
+	cmd.AddCommand(newCacheList(g, with), newCacheStat(g, with), newCacheCheck(g, with), newCacheGC(g, with), newCachePin(g, with), newCacheUnpin(g, with), newCacheRemove(g, with))
 	return cmd
 }
 
@@ -292,6 +293,24 @@ func newCacheUnpin(g *globals, with withCache) *cobra.Command {
 					return err
 				}
 				return g.print(cmd, map[string]string{"unpinned": args[0]}, func(w *tabwriter.Writer) { fmt.Fprintln(w, "unpinned", args[0]) })
+			})
+		},
+	}
+}
+
+func newCacheRemove(g *globals, with withCache) *cobra.Command {
+	return &cobra.Command{
+		Use: "rm IMAGE|DIGEST", Short: "Drop what there is of an image or a blob", Args: exactArgs("IMAGE|DIGEST"),
+		Long: `What is pinned, mounted, or being read stays, and then nothing is dropped. A layer that other
+images have too goes with this one; it is fetched again when it is asked for.`,
+		Example: "  accel cache rm registry.example/app:v1",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return with(cmd, func(ctx context.Context, c contents) error {
+				r, err := c.Remove(ctx, args[0])
+				if err != nil {
+					return err
+				}
+				return g.print(cmd, r, func(w *tabwriter.Writer) { showReport(w, r) })
 			})
 		},
 	}

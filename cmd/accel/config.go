@@ -15,6 +15,7 @@ import (
 	"accel/convert"
 	"accel/fleet"
 	"accel/meter"
+	"accel/profile/ledger"
 	"accel/registry"
 	"accel/webhook"
 	"accel/worker"
@@ -46,6 +47,7 @@ type config struct {
 	Fleet         fleetConfig      `yaml:"fleet"`
 	Pulls         pullsConfig      `yaml:"pulls"`
 	Billing       billingConfig    `yaml:"billing"`
+	Profiles      profilesConfig   `yaml:"profiles"`
 }
 
 type logConfig struct {
@@ -139,6 +141,13 @@ type billingConfig struct {
 	Minimum time.Duration `yaml:"minimum" doc:"shortest billed duration of a pull that is not free"`
 }
 
+type profilesConfig struct {
+	Predict   bool `yaml:"predict" doc:"whether what a start of an image reads is predicted from its files when it is converted"`
+	Publish   bool `yaml:"publish" doc:"whether profiles are attached to their images in the registry too, where nodes find them without this service"`
+	MaxImages int  `yaml:"max_images" doc:"most platforms of images whose profiles are kept; those that were used the longest time ago make room"`
+	MaxSize   size `yaml:"max_size" doc:"most bytes that are kept of all of them: some 40 kB for an image, and 100 kB more when starts were recorded"`
+}
+
 func defaultConfig() config {
 	p := convert.DefaultParams()
 	return config{
@@ -153,6 +162,7 @@ func defaultConfig() config {
 		Fleet:         fleetConfig{2 * time.Minute, 24 * time.Hour, 24 * time.Hour, 7 * 24 * time.Hour, 15 * time.Minute, 10_000, 200_000, 500},
 		Pulls:         pullsConfig{30 * 24 * time.Hour, 7 * 24 * time.Hour, 400 * 24 * time.Hour, 2_000_000, 100_000},
 		Billing:       billingConfig{Free: []string{string(accel.OutcomeHit)}},
+		Profiles:      profilesConfig{Predict: true, Publish: true, MaxImages: 100_000, MaxSize: 2 << 30},
 	}
 }
 
@@ -200,6 +210,8 @@ func (c *config) finish() error {
 	check(c.Pulls.KeepSums >= c.Pulls.Keep, "pulls.keep_sums %s is shorter than pulls.keep %s", c.Pulls.KeepSums, c.Pulls.Keep)
 	check(c.Pulls.MaxKept >= 1, "pulls.max_kept %d: want at least 1", c.Pulls.MaxKept)
 	check(c.Pulls.MaxDailySums >= 1, "pulls.max_daily_sums %d: want at least 1", c.Pulls.MaxDailySums)
+	check(c.Profiles.MaxImages >= 1, "profiles.max_images %d: want at least 1", c.Profiles.MaxImages)
+	check(c.Profiles.MaxSize >= 1<<20, "profiles.max_size %d: want at least 1MiB", c.Profiles.MaxSize)
 	if err := c.billing().Validate(); err != nil {
 		errs = append(errs, fmt.Errorf("billing: %w", err))
 	}
@@ -250,6 +262,10 @@ func (c *config) fleetOptions(metrics prometheus.Registerer, log *slog.Logger) f
 		Rules: c.Warm, SilentAfter: f.SilentAfter, ForgetAfter: f.ForgetAfter, CatchUp: f.CatchUp, KeepFinished: f.KeepFinished, StallAfter: f.StallAfter,
 		MaxNodes: f.MaxNodes, MaxWarms: f.MaxWarms, MaxPending: f.MaxPending, Registerer: metrics, Log: log,
 	}
+}
+
+func (c *config) profilesOptions(metrics prometheus.Registerer, log *slog.Logger) ledger.Options {
+	return ledger.Options{MaxImages: c.Profiles.MaxImages, MaxBytes: int64(c.Profiles.MaxSize), Unpublished: !c.Profiles.Publish, Registerer: metrics, Log: log}
 }
 
 func (c *config) apiTokens() ([]api.Token, error) {

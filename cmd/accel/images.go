@@ -131,6 +131,9 @@ func describe(w *tabwriter.Writer, img api.Image) {
 	for _, n := range img.Notes {
 		row("note", n)
 	}
+	for _, p := range img.Profiles {
+		row("profile", profileText(p))
+	}
 	if img.Previous != nil {
 		row("previous", targetOf(*img.Previous))
 	}

@@ -84,7 +84,8 @@ func runNode(cmd *cobra.Command, conf nodeConfig) error {
 		Registry: client, DefaultRegistry: conf.DefaultRegistry,
 		TagTTL: orNever(conf.Mirror.TagTTL), GrantTTL: orNever(conf.Mirror.GrantTTL), GrantGrace: orNever(conf.Mirror.GrantGrace),
 		AnswerPatience: conf.Mirror.AnswerTimeout, StallPatience: conf.Mirror.StallTimeout,
-		Quiet: conf.Pulls.Quiet, MaxSpooled: conf.Pulls.MaxSpooled, Server: server, Heartbeat: conf.Heartbeat, Warms: conf.Warm.Concurrency, Snapshotter: snapshotter,
+		Quiet: conf.Pulls.Quiet, MaxSpooled: conf.Pulls.MaxSpooled, Server: server, Heartbeat: conf.Heartbeat, Warms: conf.Warm.Concurrency,
+		WarmForm: conf.Warm.Form, WarmAll: conf.Warm.All, Snapshotter: snapshotter,
 		Metrics: metrics, Log: log,
 	})
 	if errors.Is(err, cache.ErrLocked) {

@@ -81,7 +81,9 @@ type nodePullsConfig struct {
 }
 
 type nodeWarmConfig struct {
-	Concurrency int `yaml:"concurrency" doc:"images that are brought ahead at a time"`
+	Concurrency int    `yaml:"concurrency" doc:"images that are brought ahead at a time"`
+	Form        string `yaml:"form" doc:"what is brought ahead: lazy: what a start from a lazy mount reads, by the image's profile, and all of it where there is none (blobs where an image cannot be mounted lazily); blobs: an image's blobs, for clients of the mirror; auto: lazy as soon as containerd has asked for snapshots"`
+	All         bool   `yaml:"all" doc:"with form lazy: all of an image, not only what its start reads"`
 }
 
 // nodeSnapshotter is how containerd's images are mounted.
@@ -113,7 +115,7 @@ func defaultNodeSettings() nodeConfig {
 		Cache:     nodeCacheConfig{Budget: 50e9, FreeFloor: 5e9},
 		Mirror:    nodeMirrorConfig{time.Minute, 5 * time.Minute, 24 * time.Hour, 15 * time.Second, 30 * time.Second},
 		Pulls:     nodePullsConfig{5 * time.Second, 100_000},
-		Warm:      nodeWarmConfig{1},
+		Warm:      nodeWarmConfig{1, node.WarmAuto, false},
 		Lazy:      "on",
 		Snapshotter: nodeSnapshotter{
 			Socket: "/run/accel/snapshotter.sock", Runtime: "/run/accel/lazyfs", Stargz: []string{"*/**"},
@@ -198,6 +200,7 @@ func (c *nodeConfig) finish() error {
 	check(c.Pulls.Quiet > 0, "pulls.quiet %s: must be positive", c.Pulls.Quiet)
 	check(c.Pulls.MaxSpooled > 0, "pulls.max_spooled %d: must be positive", c.Pulls.MaxSpooled)
 	check(c.Warm.Concurrency > 0, "warm.concurrency %d: want at least 1", c.Warm.Concurrency)
+	check(slices.Contains([]string{node.WarmAuto, node.WarmLazy, node.WarmBlobs}, c.Warm.Form), "warm.form %q: want auto, lazy or blobs", c.Warm.Form)
 	check(c.Lazy == "on" || c.Lazy == "off", "lazy %q: want on or off", c.Lazy)
 	for key, globs := range map[string][]string{"snapshotter.except": c.Snapshotter.Except, "snapshotter.stargz": c.Snapshotter.Stargz} {
 		for _, g := range globs {

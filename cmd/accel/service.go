@@ -17,6 +17,7 @@ import (
 	"accel/convert"
 	"accel/fleet"
 	"accel/meter"
+	"accel/profile/ledger"
 	"accel/readiness"
 	"accel/readiness/boltstore"
 	"accel/registry"
@@ -47,6 +48,8 @@ type service struct {
 	reconciler *worker.Reconciler
 	fleet      *fleet.Fleet
 	ledger     *meter.Ledger
+	profiles   *ledger.Ledger
+	publisher  *worker.Publisher
 	drain      context.CancelFunc
 }
 
@@ -111,6 +114,12 @@ func (s *service) wire(hosts []registry.Host, sources []*webhook.Source) error {
 		MaxAttempts: conf.Readiness.MaxAttempts, BackoffMin: conf.Readiness.BackoffMin, BackoffMax: conf.Readiness.BackoffMax,
 	})
 	metrics := prometheus.NewRegistry()
+	if s.profiles, err = ledger.Open(filepath.Join(conf.Data, "profiles.db"), conf.profilesOptions(metrics, s.log)); err != nil {
+		return err
+	}
+	if s.publisher, err = worker.NewPublisher(worker.PublisherOptions{Profiles: s.profiles, Registry: s.client, Tracker: s.tracker, Log: s.log, Registerer: metrics}); err != nil {
+		return err
+	}
 	s.worker, err = worker.New(worker.Options{
 		Tracker: s.tracker, Registry: s.client, Keys: s.keys, Log: s.log, Registerer: metrics,
 		Converter: &convert.Converter{
@@ -120,7 +129,7 @@ func (s *service) wire(hosts []registry.Host, sources []*webhook.Source) error {
 		Target:       worker.Target{Repository: conf.Target.Repository, Tag: conf.Target.Tag},
 		Repositories: worker.RepositoryPolicy{Allow: conf.Policy.Allow, Deny: conf.Policy.Deny},
 		Verify:       worker.VerifyMode(conf.Verify), Concurrency: conf.Convert.Concurrency, LeaseTime: conf.Readiness.Lease,
-		DeleteTargets: conf.SourceDeleted == "delete-target",
+		DeleteTargets: conf.SourceDeleted == "delete-target", Profiles: s.profiles, SkipPrediction: !conf.Profiles.Predict,
 	})
 	if err != nil {
 		return usage(err)
@@ -138,7 +147,7 @@ func (s *service) wire(hosts []registry.Host, sources []*webhook.Source) error {
 	s.drain = drain
 	s.handler, err = api.New(api.Options{
 		Tracker: s.tracker, Webhooks: append(senders, sources...), Canonical: s.client.Canonical, Keys: s.keys,
-		Lifecycle: lifecycle{worker.Lifecycle{Tracker: s.tracker, Registry: s.client}}, Fleet: s.fleet, Ledger: s.ledger,
+		Lifecycle: lifecycle{worker.Lifecycle{Tracker: s.tracker, Registry: s.client, Profiles: s.profiles}}, Fleet: s.fleet, Ledger: s.ledger, Profiles: s.profiles,
 		Tokens: tokens, Open: len(tokens) == 0, Draining: draining, Metrics: metrics, Version: version(), Log: s.log,
 	})
 	return err
@@ -168,6 +177,9 @@ func (s *service) close() error {
 	}
 	if s.ledger != nil {
 		err = errors.Join(err, s.ledger.Close())
+	}
+	if s.profiles != nil {
+		err = errors.Join(err, s.profiles.Close())
 	}
 	return errors.Join(err, s.store.Close())
 }
@@ -205,6 +217,7 @@ func (s *service) run(ctx context.Context, apiListener net.Listener, beside ...s
 	g.Go(func() error { return s.followReady(gctx) })
 	g.Go(func() error { return s.fleet.Run(gctx) })
 	g.Go(func() error { return s.ledger.Run(gctx) })
+	g.Go(func() error { return s.publisher.Run(gctx) })
 	g.Go(func() error {
 		<-gctx.Done()
 		s.log.Info("stopping")

@@ -35,6 +35,26 @@ type lazyBed struct {
 // newLazyBed starts all of it. More are further lines of the node's configuration.
 func newLazyBed(t *testing.T, version string, more ...string) *lazyBed {
 	t.Helper()
+	b := newServedBed(t)
+	b.startNode(version, b.server.client.Server(), more...)
+	return b
+}
+
+// newLonelyBed is newLazyBed with a node that has the server's public keys, and no way to the server.
+func newLonelyBed(t *testing.T, version string, more ...string) *lazyBed {
+	t.Helper()
+	b := newServedBed(t)
+	keys, err := b.server.client.Keys(t.Context())
+	must(t, err)
+	file := filepath.Join(t.TempDir(), "keys.pem")
+	must(t, os.WriteFile(file, []byte(keys.PEM), 0o600))
+	b.startNode(version, "", append([]string{"  keys: " + file}, more...)...)
+	return b
+}
+
+// newServedBed has no node and no containerd yet.
+func newServedBed(t *testing.T) *lazyBed {
+	t.Helper()
 	needsClients(t)
 	b := &lazyBed{t: t, regDir: t.TempDir()}
 	b.reg = startRegistryIn(t, b.regDir)
@@ -42,11 +62,15 @@ func newLazyBed(t *testing.T, version string, more ...string) *lazyBed {
 	must(t, os.WriteFile(file, []byte(writerPassword), 0o600))
 	b.server = start(t, t.TempDir(), "127.0.0.1:0", "--registries",
 		fmt.Sprintf("[{host: %q, plain_http: true, username: %s, password_file: %s}]", b.reg.Host(), writer, file))
-	b.node = newNodeAt(t, b.reg, b.server.client.Server(), reader, readerPassword, "s.sock", more...)
-	t.Cleanup(b.clear) // before the node's own directory goes
+	return b
+}
+
+func (b *lazyBed) startNode(version, server string, more ...string) {
+	b.t.Helper()
+	b.node = newNodeAt(b.t, b.reg, server, reader, readerPassword, "s.sock", more...)
+	b.t.Cleanup(b.clear) // before the node's own directory goes
 	b.node.start()
 	b.startContainerd(version)
-	return b
 }
 
 func (b *lazyBed) startContainerd(version string) {

@@ -1,0 +1,358 @@
+package e2e
+
+import (
+	"archive/tar"
+	"encoding/base64"
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+	"unsafe"
+
+	"accel"
+	"accel/internal/debimage"
+	"accel/internal/testbed"
+	"accel/lazy"
+	"accel/node"
+	"accel/profile"
+	"accel/profile/artifact"
+	"accel/registry"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+)
+
+// onDemand keeps the background from bringing everything before the program asks for it.
+const onDemand = "  background: 1KB"
+
+// pyContainer is where the tests here start debimage.PyWeb.
+const pyContainer = "web"
+
+// admin asks the node by its socket.
+func (n *nodeRun) admin() *node.Client {
+	c := node.NewClient(n.socket())
+	n.t.Cleanup(c.Close)
+	return c
+}
+
+// recordedStart pulls and starts debimage.PyWeb until it answers, ends it, and gives what was recorded of that.
+func (b *lazyBed) recordedStart(ref string) lazy.Start {
+	b.t.Helper()
+	b.pull(ref)
+	b.run("default", ref, pyContainer)
+	answers(b.t, pyURL)
+	client := b.node.admin()
+	must(b.t, client.Answered(b.t.Context(), pyContainer))
+	defer b.end("default", pyContainer)
+	for begin := time.Now(); ; time.Sleep(50 * time.Millisecond) {
+		starts, err := client.Starts(b.t.Context())
+		must(b.t, err)
+		if len(starts) > 0 && starts[0].End != "" {
+			if starts[0].Problem != "" {
+				b.t.Fatalf("the recording is lost: %s", starts[0].Problem)
+			}
+			// Every file that the program read was seen, but for those of the mounts that a runtime makes, in whole chunks.
+			files, bytes := resident(b.t, b.rootfs("default", pyContainer))
+			b.t.Logf("recorded: %d files, %d bytes; the kernel has %d of %d files", starts[0].Files, starts[0].Bytes, bytes, files)
+			if starts[0].Complete && (starts[0].Files < files || starts[0].Bytes < bytes) {
+				b.t.Errorf("%d bytes of %d files were recorded, the kernel has %d of %d", starts[0].Bytes, starts[0].Files, bytes, files)
+			}
+			return starts[0]
+		}
+		if time.Since(begin) > time.Minute {
+			b.t.Fatalf("the recording does not end: %+v\n%s", starts, b.node.log)
+		}
+	}
+}
+
+// resident is what the kernel has of the files below a container's root, when nothing had been there before it
+// started: all that was read of them, and no more.
+func resident(t *testing.T, root string) (files int, bytes int64) {
+	t.Helper()
+	page := int64(os.Getpagesize())
+	must(t, filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		info, err := f.Stat()
+		if err != nil || info.Size() == 0 {
+			return err
+		}
+		mapped, err := unix.Mmap(int(f.Fd()), 0, int(info.Size()), unix.PROT_NONE, unix.MAP_SHARED)
+		if err != nil {
+			return err
+		}
+		defer unix.Munmap(mapped)
+		pages := make([]byte, (info.Size()+page-1)/page)
+		if _, _, no := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&mapped[0])), uintptr(len(mapped)), uintptr(unsafe.Pointer(&pages[0]))); no != 0 {
+			return no
+		}
+		var here int64
+		for _, p := range pages {
+			here += int64(p&1) * page
+		}
+		if here > 0 {
+			files++
+			bytes += min(here, info.Size())
+		}
+		return nil
+	}))
+	return files, bytes
+}
+
+// wipe takes an image from containerd and from the node's cache.
+func (b *lazyBed) wipe(ref string) {
+	b.t.Helper()
+	_, err := b.c.Ctr(b.t.Context(), "images", "rm", "--sync", ref)
+	must(b.t, err)
+	client := b.node.admin()
+	for begin := time.Now(); ; time.Sleep(50 * time.Millisecond) { // containerd collects its snapshots a moment later
+		_, err := client.Remove(b.t.Context(), ref)
+		if err == nil || errors.Is(err, accel.ErrNotFound) {
+			break
+		}
+		if !errors.Is(err, accel.ErrConflict) || time.Since(begin) > time.Minute {
+			b.t.Fatalf("wipe %s: %v", ref, err)
+		}
+	}
+	b.reg.Reset()
+}
+
+// pyBed is a bed whose registry has debimage.PyWeb, converted.
+func pyBed(t *testing.T, make func(*testing.T, string, ...string) *lazyBed) (b *lazyBed, ref string, img v1.Image) {
+	t.Helper()
+	needsClients(t)
+	img, err := debimage.PyWeb(t.Context(), os.Stderr)
+	must(t, err)
+	b = make(t, testbed.Containerd2, onDemand)
+	ref, _ = pushTo(t, b.reg, "team/pyweb:v1", img)
+	b.convert(ref)
+	return b, ref, img
+}
+
+// manifestOf is the digest of an image's manifest.
+func manifestOf(t *testing.T, img v1.Image) digest.Digest {
+	t.Helper()
+	h, err := img.Digest()
+	must(t, err)
+	return digest.Digest(h.String())
+}
+
+// TestProfilesCloseTheLoop: a converted image has a predicted profile before it was ever started; its first start is
+// recorded and reported, and the next cold start finds fetched ahead what the first has read.
+func TestProfilesCloseTheLoop(t *testing.T) {
+	b, ref, img := pyBed(t, newLazyBed)
+	manifest := manifestOf(t, img)
+	b.awaitProfile(manifest, accel.ProfilePredicted)
+	first := b.recordedStart(ref)
+	if !first.Complete || first.End != "answered" || first.Files < 50 || first.Bytes < 5<<20 {
+		t.Errorf("the first start is recorded as %+v", first)
+	}
+	if first.Ahead == nil || first.Ahead.From != "server" || first.Ahead.Origin != accel.ProfilePredicted {
+		t.Fatalf("the prediction was not fetched ahead of the first start: %+v\n%s", first, b.node.log)
+	}
+	b.awaitProfile(manifest, accel.ProfileRecorded)
+	b.wipe(ref)
+	second := b.recordedStart(ref)
+	if second.Ahead == nil || second.Ahead.Origin != accel.ProfileRecorded {
+		t.Fatalf("the recording was not fetched ahead of the second start: %+v\n%s", second, b.node.log)
+	}
+	if second.MissBytes > max(first.MissBytes, 100_000) || second.Misses > max(first.Misses, 3) {
+		t.Errorf("%d reads waited for %d bytes, with a prediction %d for %d", second.Misses, second.MissBytes, first.Misses, first.MissBytes)
+	}
+	if a := second.Ahead; a.UsedBytes < 9*second.Bytes/10 || a.VainBytes > a.UsedBytes/2 {
+		t.Errorf("of %d bytes that were read, %d had been fetched ahead, and %d in vain", second.Bytes, a.UsedBytes, a.VainBytes)
+	}
+	// Nothing comes twice: what the registry delivered is less than the plan with the tables and what was missed.
+	var packed int64
+	for _, n := range b.reg.Delivered().Blobs {
+		packed += n
+	}
+	if most := second.Ahead.PlannedBytes + 8<<20; packed > most {
+		t.Errorf("the registry delivered %d bytes for a plan of %d bytes of content", packed, second.Ahead.PlannedBytes)
+	}
+	if said := b.node.accel("ps"); !strings.Contains(said, "(recorded)") {
+		t.Errorf("accel ps does not tell of the profile: %s", said)
+	}
+}
+
+// awaitProfile waits until the server's profile of an image has an origin.
+func (b *lazyBed) awaitProfile(manifest digest.Digest, origin accel.ProfileOrigin) accel.Profile {
+	b.t.Helper()
+	for begin := time.Now(); ; time.Sleep(50 * time.Millisecond) {
+		p, err := b.server.client.Profile(b.t.Context(), manifest)
+		if err == nil && p.Origin == origin {
+			return p
+		}
+		if time.Since(begin) > time.Minute {
+			b.t.Fatalf("no %s profile of %s: %s, %v\n%s", origin, manifest, p.Origin, err, b.server.log)
+		}
+	}
+}
+
+// TestProfileFromTheRegistryAlone: a node that knows no server finds the profile beside the mapping; and what it records
+// itself counts more.
+func TestProfileFromTheRegistryAlone(t *testing.T) {
+	b, ref, img := pyBed(t, newLonelyBed)
+	b.awaitArtifact(manifestOf(t, img))
+	first := b.recordedStart(ref)
+	if first.Ahead == nil || first.Ahead.From != "registry" || !first.Complete {
+		t.Fatalf("the profile in the registry was not fetched ahead: %+v\n%s", first, b.node.log)
+	}
+	b.wipe(ref)
+	second := b.recordedStart(ref)
+	if second.Ahead == nil || second.Ahead.From != "node" || second.Ahead.Origin != accel.ProfileRecorded {
+		t.Fatalf("the node's own recording was not fetched ahead: %+v\n%s", second, b.node.log)
+	}
+	if second.MissBytes > max(first.MissBytes, 100_000) || second.Misses > max(first.Misses, 3) {
+		t.Errorf("%d reads waited for %d bytes, the first time %d for %d", second.Misses, second.MissBytes, first.Misses, first.MissBytes)
+	}
+}
+
+// registryClient is a client of the bed's registry that may push.
+func (b *lazyBed) registryClient() *registry.Client {
+	b.t.Helper()
+	c, err := registry.New(registry.Options{Hosts: []registry.Host{{Name: b.reg.Host(), PlainHTTP: true, Username: writer, Password: writerPassword}}})
+	must(b.t, err)
+	b.t.Cleanup(c.Close)
+	return c
+}
+
+// awaitArtifact waits until the service has published a profile.
+func (b *lazyBed) awaitArtifact(manifest digest.Digest) []v1.Descriptor {
+	b.t.Helper()
+	c := b.registryClient()
+	for begin := time.Now(); ; time.Sleep(50 * time.Millisecond) {
+		list, err := c.Referrers(b.t.Context(), b.reg.Host()+"/team/pyweb", manifest, accel.MediaTypeProfile)
+		must(b.t, err)
+		if len(list) > 0 {
+			return list
+		}
+		if time.Since(begin) > time.Minute {
+			b.t.Fatalf("no profile is published\n%s", b.server.log)
+		}
+	}
+}
+
+// TestHostileProfiles: whoever may push to the repository can attach a profile. Whatever it says, the container
+// starts, and what is fetched because of it is bounded.
+func TestHostileProfiles(t *testing.T) {
+	b, ref, img := pyBed(t, newLonelyBed)
+	manifest := manifestOf(t, img)
+	c := b.registryClient()
+	repository := b.reg.Host() + "/team/pyweb"
+	for _, d := range b.awaitArtifact(manifest) {
+		must(t, c.Delete(t.Context(), repository, digest.Digest(d.Digest.String())))
+	}
+	subject, err := c.Head(t.Context(), repository, manifest.String())
+	must(t, err)
+	attach := func(packed string) digest.Digest {
+		t.Helper()
+		d, err := c.Attach(t.Context(), repository, subject, accel.MediaTypeProfile, map[string]string{accel.AnnotationProfile: packed})
+		must(t, err)
+		return d
+	}
+	packedOf := func(p accel.Profile) string {
+		t.Helper()
+		form, err := artifact.FormOf(p)
+		must(t, err)
+		return form.Annotations[accel.AnnotationProfile]
+	}
+	whole := []accel.ProfileItem{}
+	for layer, files := range regularFiles(t, img) {
+		for _, path := range files {
+			whole = append(whole, accel.ProfileItem{Layer: layer, Path: path, Bytes: 1 << 40})
+		}
+	}
+	bomb := accel.Profile{Manifest: manifest, Origin: accel.ProfileRecorded, Starts: 16, RecordedAt: time.Now().UTC().Truncate(time.Second)}
+	hostile := map[string]string{
+		"not base64": "~~~~",
+		"not gzip":   base64.StdEncoding.EncodeToString([]byte("hello")),
+		"not JSON":   base64.StdEncoding.EncodeToString(profile.Pack([]byte("hello"))),
+		"zeros":      base64.StdEncoding.EncodeToString(profile.Pack(make([]byte, 16<<20))),
+	}
+	other := bomb
+	other.Manifest = digest.FromString("another image")
+	other.Items = []accel.ProfileItem{{Path: "etc/passwd", Bytes: 10}}
+	hostile["another image's"] = packedOf(other)
+	nowhere := bomb
+	nowhere.Items = []accel.ProfileItem{{Layer: 400, Path: "etc/passwd", Bytes: 10}, {Path: "no/such/file", Bytes: 1 << 40}, {Path: "etc/passwd", Offset: 1 << 40, Bytes: 1 << 30}}
+	hostile["out of range"] = packedOf(nowhere)
+	everything := bomb
+	everything.Items = whole[:min(len(whole), profile.MaxItems)]
+	hostile["everything"] = packedOf(everything)
+	var content int64
+	for _, n := range contentBytes(t, img) {
+		content += n
+	}
+	for name, packed := range hostile {
+		t.Run(name, func(t *testing.T) {
+			d := attach(packed)
+			b := *b
+			b.t = t
+			start := b.recordedStart(ref)
+			if start.Ahead != nil && start.Ahead.PlannedBytes > max(content/2+1<<20, 17<<20) {
+				t.Errorf("%d bytes of %d were planned", start.Ahead.PlannedBytes, content)
+			}
+			if !start.Complete || start.Problem != "" {
+				t.Errorf("the start is recorded as %+v", start)
+			}
+			b.wipe(ref)
+			must(t, os.RemoveAll(filepath.Join(b.node.dir, "data", "lazy", "profiles"))) // what it recorded itself would count more
+			must(t, os.Mkdir(filepath.Join(b.node.dir, "data", "lazy", "profiles"), 0o700))
+			must(t, c.Delete(t.Context(), repository, d))
+		})
+	}
+}
+
+// regularFiles are those of each layer.
+func regularFiles(t *testing.T, img v1.Image) (files [][]string) {
+	t.Helper()
+	eachLayer(t, img, func(h *tar.Header, layer int) {
+		for len(files) <= layer {
+			files = append(files, nil)
+		}
+		if h.Typeflag == tar.TypeReg && h.Size > 0 {
+			files[layer] = append(files[layer], path.Clean("/" + h.Name)[1:])
+		}
+	})
+	return files
+}
+
+// contentBytes are the sums of the sizes of each layer's files.
+func contentBytes(t *testing.T, img v1.Image) map[int]int64 {
+	t.Helper()
+	sum := map[int]int64{}
+	eachLayer(t, img, func(h *tar.Header, layer int) { sum[layer] += h.Size })
+	return sum
+}
+
+func eachLayer(t *testing.T, img v1.Image, do func(h *tar.Header, layer int)) {
+	t.Helper()
+	layers, err := img.Layers()
+	must(t, err)
+	for n, l := range layers {
+		r, err := l.Uncompressed()
+		must(t, err)
+		for tr := tar.NewReader(r); ; {
+			h, err := tr.Next()
+			if err == io.EOF {
+				break
+			}
+			must(t, err)
+			do(h, n)
+		}
+		must(t, r.Close())
+	}
+}

@@ -1,0 +1,171 @@
+package lazy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"accel"
+	"accel/cache"
+	"accel/lazyfs"
+	"accel/prefetch"
+	"accel/profile"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// untrustedBytes is how much content a profile may bring that anybody could have attached to the image, where
+// that is more than half of the image.
+const untrustedBytes = 16 << 20
+
+// Ahead is what is fetched ahead of a start, by a profile.
+type Ahead struct {
+	From    string              `json:"from" enum:"node,server,registry" doc:"where the profile was found"`
+	Origin  accel.ProfileOrigin `json:"origin" doc:"how it came about"`
+	Version digest.Digest       `json:"version"`
+	// PlannedBytes of content were asked for. Of them UsedBytes were read by the start that was recorded
+	// last, VainBytes were not; both 0 before.
+	PlannedBytes int64 `json:"plannedBytes"`
+	UsedBytes    int64 `json:"usedBytes"`
+	VainBytes    int64 `json:"vainBytes"`
+	Requests     int   `json:"requests" doc:"ranges that were asked for, before neighbours are joined"`
+}
+
+// wave is the plan of one image.
+type wave struct {
+	Ahead
+	at     time.Time
+	chunks map[digest.Digest][]span // by layer
+}
+
+// span is a run of chunks.
+type span struct{ first, n int }
+
+// fetchAhead plans by the profile and has the plan fetched before all that nobody waits for.
+func (l *Lazy) fetchAhead(ctx context.Context, img *image, answer <-chan found) {
+	f := <-answer
+	if f.from == "" && ctx.Err() == nil {
+		f = l.profileAtTarget(ctx, img)
+	}
+	if f.from == "" || ctx.Err() != nil {
+		return
+	}
+	var w *wave
+	var pieces []prefetch.Piece
+	err := guarded(func() (err error) {
+		w, pieces, err = l.plan(img, f)
+		return err
+	})
+	if err == nil {
+		err = l.filler.Hot(ctx, pieces)
+	}
+	if err != nil {
+		if ctx.Err() == nil && !errors.Is(err, prefetch.ErrClosed) {
+			l.o.Log.Warn("what the start of an image reads is not fetched ahead", "image", img.name, "manifest", img.manifest, "error", err)
+		}
+		return
+	}
+	img.wave.Store(w)
+	l.metrics.planned(w)
+	l.o.Log.Debug("fetching ahead what the start of an image reads", "image", img.name, "from", w.From, "origin", w.Origin, "bytes", w.PlannedBytes, "ranges", w.Requests)
+}
+
+// plan turns a profile's files into chunks. Layers that it does not name, and those that are complete, need not be
+// looked at.
+func (l *Lazy) plan(img *image, f found) (*wave, []prefetch.Piece, error) {
+	named := make([]bool, len(img.layers))
+	for _, i := range f.Items {
+		if i.Layer >= 0 && i.Layer < len(named) {
+			named[i.Layer] = true
+		}
+	}
+	var contentBytes int64
+	layers := make([]*profile.Layer, len(img.layers))
+	open := make([]*openLayer, len(img.layers))
+	for n, y := range img.layers {
+		l.mu.Lock()
+		open[n] = l.open[y.Digest]
+		l.mu.Unlock()
+		if open[n] == nil {
+			continue
+		}
+		t, err := lazyfs.OpenTable(open[n].stored.Files().Table)
+		if err != nil {
+			return nil, nil, err
+		}
+		defer t.Close() // only mapped to read
+		contentBytes += t.DataBytes()
+		if !named[n] || open[n].Complete() {
+			continue
+		}
+		if layers[n], err = profileLayer(y.Digest, open[n].stored.Files(), t); err != nil {
+			return nil, nil, err
+		}
+	}
+	limits := profile.Limits{Has: func(layer, chunk int) bool { return open[layer].Has(chunk) }}
+	if f.from == fromRegistry {
+		limits.HotBytes = max(contentBytes/2, untrustedBytes)
+	}
+	w := &wave{
+		Ahead: Ahead{From: f.from, Origin: f.Origin, Version: profile.Version(f.Profile)},
+		at:    time.Now(), chunks: map[digest.Digest][]span{},
+	}
+	var pieces []prefetch.Piece
+	for _, r := range profile.Plan(f.Profile, layers, limits) {
+		d := img.layers[r.Layer].Digest
+		pieces = append(pieces, prefetch.Piece{Digest: d, First: r.First, N: r.N})
+		w.chunks[d] = append(w.chunks[d], span{r.First, r.N})
+		for i := r.First; i < r.First+r.N; i++ {
+			w.PlannedBytes += open[r.Layer].Chunk(i).Bytes
+		}
+		w.Requests++
+	}
+	return w, pieces, nil
+}
+
+// profileLayer joins a layer's TOC with its table, which the caller keeps open.
+func profileLayer(d digest.Digest, f cache.LayerFiles, t *lazyfs.Table) (*profile.Layer, error) {
+	packed, err := os.ReadFile(f.TOC)
+	if err != nil {
+		return nil, fmt.Errorf("table of contents of layer %s: %w", d, err)
+	}
+	toc, err := unpackTOC(packed)
+	if err != nil {
+		return nil, fmt.Errorf("layer %s: %w", d, err)
+	}
+	return profile.NewLayer(d, toc, t)
+}
+
+// used compares the plan with what a start has read.
+func (w *wave) used(bytes func(d digest.Digest, chunk int) int64, read func(d digest.Digest, chunk int) bool) Ahead {
+	a := w.Ahead
+	a.UsedBytes, a.VainBytes = 0, 0
+	for d, spans := range w.chunks {
+		for _, s := range spans {
+			for i := s.first; i < s.first+s.n; i++ {
+				if read(d, i) {
+					a.UsedBytes += bytes(d, i)
+				} else {
+					a.VainBytes += bytes(d, i)
+				}
+			}
+		}
+	}
+	return a
+}
+
+// AheadOf is what was fetched ahead of an image's start, since the node started; nil where that is nothing.
+func (l *Lazy) AheadOf(manifest digest.Digest) *Ahead {
+	img, known := l.starts.images.Get(manifest)
+	if !known {
+		return nil
+	}
+	w := img.wave.Load()
+	if w == nil {
+		return nil
+	}
+	a := w.Ahead
+	return &a
+}

@@ -1,0 +1,97 @@
+package lazy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"accel"
+	"accel/lazyfs"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// LayersOf are the layers that are mounted for an image, by its platform's manifest, as far as this daemon has looked
+// at it.
+func (l *Lazy) LayersOf(manifest digest.Digest) (layers []digest.Digest) {
+	img, known := l.starts.images.Get(manifest)
+	if !known {
+		return nil
+	}
+	for _, y := range img.layers {
+		layers = append(layers, y.Digest)
+	}
+	return layers
+}
+
+// ManifestOf is the platform's manifest that containerd asked for last under a tag; empty: it has not, of this
+// daemon. containerd resolves tags without the node.
+func (l *Lazy) ManifestOf(repository, tag string) digest.Digest {
+	all := l.starts.images.Values() // the newest last
+	for i := len(all) - 1; i >= 0; i-- {
+		if ref, err := accel.ParseReference(all[i].name); err == nil && all[i].repository == repository && ref.Tag == tag {
+			return all[i].manifest
+		}
+	}
+	return ""
+}
+
+// Forget closes a layer that is not mounted, so that the store may remove it, and what is known of images
+// with it: the next pull looks at them anew. accel.ErrConflict while it is mounted.
+func (l *Lazy) Forget(ctx context.Context, d digest.Digest) error {
+	unlock, err := l.locks.Lock(ctx, d.String())
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	l.mu.Lock()
+	for _, key := range l.answers.Keys() {
+		if a, ok := l.answers.Peek(key); ok && a.has(d) {
+			l.answers.Remove(key)
+		}
+	}
+	open := l.open[d] != nil
+	l.mu.Unlock()
+	if !open {
+		return nil
+	}
+	mounts, err := l.host.Mounts()
+	if err != nil {
+		return err
+	}
+	for _, m := range mounts {
+		if m.Digest == d {
+			return fmt.Errorf("%w: layer %s is mounted at %s", accel.ErrConflict, d, m.Target)
+		}
+	}
+	if err := l.closeLayer(ctx, d); errors.Is(err, lazyfs.ErrInUse) {
+		return fmt.Errorf("%w: %w", accel.ErrConflict, err)
+	} else if err != nil {
+		return err
+	}
+	return nil
+}
+
+// ForgetProfile drops what this node recorded of an image.
+func (l *Lazy) ForgetProfile(manifest digest.Digest) error {
+	l.starts.enough.Remove(manifest)
+	return l.profiles.remove(manifest)
+}
+
+// has reports whether an answer that is there is about a layer.
+func (a *answer) has(d digest.Digest) bool {
+	select {
+	case <-a.done:
+	default:
+		return false
+	}
+	if a.img == nil {
+		return false
+	}
+	for _, y := range a.img.layers {
+		if y.Digest == d {
+			return true
+		}
+	}
+	return false
+}

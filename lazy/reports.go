@@ -1,0 +1,124 @@
+package lazy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"accel"
+	"accel/profile"
+)
+
+const (
+	// maxReports wait for the server; the oldest go first. They are a sample in any case.
+	maxReports   = 256
+	reportSuffix = ".report"
+	// minPause and maxPause between attempts to reach the server, doubled each time.
+	minPause, maxPause = time.Second, time.Minute
+	// reportTime bounds one attempt.
+	reportTime = 30 * time.Second
+)
+
+// reports are the starts that the server has not heard of, a file each.
+type reports struct {
+	dir  string
+	wake chan struct{} // one slot
+}
+
+// put keeps a report until the server has it.
+func (p *reports) put(r profile.Report) error {
+	raw, err := profile.EncodeReport(r)
+	if err != nil {
+		return err
+	}
+	if err := writeFile(filepath.Join(p.dir, r.ID+reportSuffix), raw); err != nil {
+		return err
+	}
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+	return keepNewest(p.dir, reportSuffix, maxReports)
+}
+
+// report brings reports to the server until ctx ends. What it cannot be brought to take is dropped.
+func (l *Lazy) report(ctx context.Context) error {
+	if l.o.Server == nil {
+		return nil
+	}
+	pause := minPause
+	for ctx.Err() == nil {
+		err := l.reportAll(ctx)
+		if ctx.Err() != nil {
+			return nil //nolint:nilerr // asked to stop
+		}
+		if err == nil {
+			pause = minPause
+			select {
+			case <-l.reports.wake:
+			case <-ctx.Done():
+			}
+			continue
+		}
+		l.o.Log.Debug("recorded starts cannot be reported; trying again", "error", err)
+		select {
+		case <-time.After(pause/2 + rand.N(pause/2)): // lest a fleet comes back all at once
+		case <-ctx.Done():
+		}
+		pause = min(2*pause, maxPause)
+	}
+	return nil
+}
+
+// reportAll goes through them, the oldest first. The error is that of a server that is away.
+func (l *Lazy) reportAll(ctx context.Context) error {
+	files, err := filesIn(l.reports.dir)
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		if !strings.HasSuffix(f.Name(), reportSuffix) {
+			continue
+		}
+		path := filepath.Join(l.reports.dir, f.Name())
+		raw, err := os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // above the bound
+		}
+		if err != nil {
+			return err
+		}
+		r, err := profile.DecodeReport(raw)
+		if err == nil {
+			err = l.reportOne(ctx, r)
+		}
+		switch {
+		case err == nil:
+		case errors.Is(err, accel.ErrInvalid), errors.Is(err, accel.ErrNotFound):
+			l.o.Log.Info("a recorded start is not reported", "manifest", r.Manifest, "reason", err)
+		default:
+			return err
+		}
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *Lazy) reportOne(ctx context.Context, r profile.Report) error {
+	ctx, cancel := context.WithTimeout(ctx, reportTime)
+	defer cancel()
+	receipt, err := l.o.Server.ReportStart(ctx, l.o.Node, r)
+	if err != nil {
+		return fmt.Errorf("report a start of %s: %w", r.Manifest, err)
+	}
+	l.starts.more(r.Manifest, receipt.WantMore)
+	return nil
+}

@@ -1,0 +1,145 @@
+package lazy
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"time"
+
+	"accel"
+	"accel/prefetch"
+	"accel/registry"
+
+	"github.com/containerd/platforms"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// warmTick is how often a warm looks at how far it is.
+const warmTick = 200 * time.Millisecond
+
+// Warm brings ahead what a start of an image reads, in the form that is mounted: its layers' tables, and of their content
+// what a profile names; with all, or where there is no profile, all of it. It returns when that is there, with what
+// image was resolved to. progress, which may be nil, is told the bytes that came and those of the whole
+// image. The error is *Declined where the image cannot be mounted lazily.
+func (l *Lazy) Warm(ctx context.Context, image string, all bool, progress func(fetched, total int64)) (digest.Digest, error) {
+	ref, err := l.reference(image)
+	if err != nil {
+		return "", err
+	}
+	source, err := l.o.Registry.Source(ref.Name(), "")
+	if err != nil {
+		return "", declined("registry of %s: %v", image, err)
+	}
+	top, manifest, err := platformManifest(ctx, source, ref)
+	if err != nil {
+		return top, err
+	}
+	a, err := l.ask(imageKey{ref.Name(), manifest}, image) // not by image: nobody refuses it when this ends early
+	if err != nil {
+		return top, err
+	}
+	if err := await(ctx, a.done); err != nil {
+		return top, err
+	}
+	if a.err != nil {
+		return top, a.err
+	}
+	img := a.img
+	l.starts.asked(img)
+	if err := await(ctx, img.planned); err != nil {
+		return top, err
+	}
+	all = all || img.wave.Load() == nil
+	if all {
+		var pieces []prefetch.Piece
+		for _, y := range img.layers {
+			pieces = append(pieces, prefetch.Piece{Digest: y.Digest, N: l.filler.Stats(y.Digest).Chunks})
+		}
+		if err := l.filler.Hot(ctx, pieces); err != nil {
+			return top, err
+		}
+	}
+	return top, l.awaitContent(ctx, img, all, progress)
+}
+
+func await(ctx context.Context, done <-chan struct{}) error {
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// awaitContent waits until what is wanted of an image is there. It keeps the layers open.
+func (l *Lazy) awaitContent(ctx context.Context, img *image, all bool, progress func(fetched, total int64)) error {
+	tick := time.NewTicker(warmTick)
+	defer tick.Stop()
+	for {
+		var left int
+		var fetched, total int64
+		for _, y := range img.layers {
+			l.mu.Lock()
+			open := l.open[y.Digest]
+			if open != nil {
+				open.at = time.Now()
+			}
+			l.mu.Unlock()
+			if open == nil {
+				return fmt.Errorf("%w: layer %s was closed while it was brought ahead", accel.ErrConflict, y.Digest)
+			}
+			s := l.filler.Stats(y.Digest)
+			fetched, total = fetched+s.FetchedBytes, total+y.origin.SizeBytes
+			if left += s.HotLeft; all {
+				left += open.Left()
+			}
+		}
+		if progress != nil {
+			progress(fetched, total)
+		}
+		if left == 0 {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// platformManifest is what an image is for this machine; top is what its name points to.
+func platformManifest(ctx context.Context, source *registry.Source, ref accel.Reference) (top, manifest digest.Digest, err error) {
+	asked := ref.Digest.String()
+	if ref.Digest == "" {
+		asked = ref.Tag
+	}
+	raw, desc, err := source.Manifest(ctx, asked)
+	if err != nil {
+		return ref.Digest, "", err
+	}
+	top = digest.Digest(desc.Digest.String())
+	if !types.MediaType(desc.MediaType).IsIndex() {
+		return top, top, nil
+	}
+	var index ocispec.Index
+	if err := json.Unmarshal(raw, &index); err != nil {
+		return top, "", fmt.Errorf("%w: index %s: %w", accel.ErrInvalid, top, err)
+	}
+	fits := platforms.Only(platforms.DefaultSpec())
+	var best *ocispec.Descriptor
+	for i, d := range index.Manifests {
+		if d.Platform == nil || !fits.Match(*d.Platform) || !types.MediaType(d.MediaType).IsImage() {
+			continue
+		}
+		if best == nil || fits.Less(*d.Platform, *best.Platform) {
+			best = &index.Manifests[i]
+		}
+	}
+	if best == nil {
+		return top, "", declined("index %s has nothing for this machine", top)
+	}
+	return top, best.Digest, best.Digest.Validate()
+}

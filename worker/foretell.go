@@ -1,0 +1,371 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"accel"
+	"accel/convert"
+	"accel/profile"
+	"accel/profile/ledger"
+	"accel/registry"
+	"accel/trust"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/opencontainers/go-digest"
+)
+
+const (
+	// foretellGrace is for how long Ready waits for a prediction that goes on beside push and
+	// read-back. It takes less than those, but where many layers are in the registry alone.
+	foretellGrace = 2 * time.Second
+	// foretellLimit bounds one that goes on after Ready, and one that a check begins.
+	foretellLimit = 30 * time.Second
+)
+
+// forecast is a prediction that goes on beside other work. A nil one is none.
+type forecast struct {
+	done   chan struct{}
+	cancel context.CancelFunc
+}
+
+// foretell begins to predict what starts of an image that was just converted read. It reads
+// conv, which must not be closed before stop has returned. ctx must outlive the record's lease.
+func (k *Worker) foretell(ctx context.Context, rec accel.Record, conv *convert.Result, repository string) *forecast {
+	if k.Profiles == nil {
+		return nil
+	}
+	if conv.Unchanged {
+		repository = rec.Repository
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	f := &forecast{done: make(chan struct{}), cancel: cancel}
+	go func() {
+		defer close(f.done)
+		for _, m := range conv.Mappings {
+			m.TargetRepository = repository
+			img, err := memberImage(conv.Image, conv.Index, m.TargetManifest)
+			if err == nil {
+				err = k.learn(ctx, rec, m, img)
+			}
+			k.foretold(ctx, rec, m.Platform, err)
+		}
+	}()
+	return f
+}
+
+// wait waits for the prediction's end, but no longer than limit.
+func (f *forecast) wait(ctx context.Context, limit time.Duration) (ended bool) {
+	if f == nil {
+		return true
+	}
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case <-f.done:
+		return true
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	return false
+}
+
+// stop ends it.
+func (f *forecast) stop() {
+	if f != nil {
+		f.cancel()
+		<-f.done
+	}
+}
+
+// foretold says how a prediction ended. A profile is a hint: that there is none is no
+// reason to fail anything.
+func (k *Worker) foretold(ctx context.Context, rec accel.Record, platform string, err error) {
+	switch {
+	case err == nil:
+		k.metrics.foretold.WithLabelValues("ok").Inc()
+	case ctx.Err() != nil:
+		k.metrics.foretold.WithLabelValues("late").Inc()
+		k.Log.Info("what starts of an image read is not predicted in time; tried again when the target is checked", "image", rec.Image(), "platform", platform)
+	default:
+		k.metrics.foretold.WithLabelValues("error").Inc()
+		k.Log.Warn("cannot predict what starts of an image read", "image", rec.Image(), "platform", platform, "error", err)
+	}
+}
+
+// memberImage finds the image with that manifest.
+func memberImage(img v1.Image, idx v1.ImageIndex, manifest digest.Digest) (v1.Image, error) {
+	if img != nil {
+		return img, nil
+	}
+	m, err := idx.IndexManifest()
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range m.Manifests {
+		switch {
+		case d.Digest.String() == manifest.String():
+			return idx.Image(d.Digest)
+		case d.MediaType.IsIndex():
+			sub, err := idx.ImageIndex(d.Digest)
+			if err != nil {
+				continue // one that was not converted
+			}
+			if found, err := memberImage(nil, sub, manifest); err == nil {
+				return found, nil
+			}
+		}
+	}
+	return nil, fmt.Errorf("%w: manifest %s in its index", accel.ErrNotFound, manifest)
+}
+
+// learn tells the ledger of one platform of an image: the image's layers say what its
+// maker lists, what a predecessor's starts read and what can be predicted. img is the converted
+// image, or any with its config and, where they are at hand, its layers.
+func (k *Worker) learn(ctx context.Context, rec accel.Record, m accel.Mapping, img v1.Image) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("internal error: %v", p)
+		}
+	}()
+	at := ledger.Image{Repository: rec.Repository, Digest: rec.Digest, Platform: m.Platform, Target: m.TargetRepository}
+	if known, err := k.Profiles.Knows(ctx, m.SourceManifest, at); known || err != nil {
+		return err
+	}
+	started := time.Now()
+	given, err := k.given(ctx, rec, m, img)
+	// What is known without the image's content, and that there is an image whose starts can be
+	// reported, does not depend on time.
+	keep, cancel := context.WithTimeout(context.WithoutCancel(ctx), foretellGrace)
+	defer cancel()
+	err = errors.Join(err, k.Profiles.Learn(keep, m.SourceManifest, at, len(m.Layers), given))
+	if err == nil {
+		k.metrics.foretellSeconds.Observe(time.Since(started).Seconds())
+	}
+	return err
+}
+
+func (k *Worker) given(ctx context.Context, rec accel.Record, m accel.Mapping, img v1.Image) (g ledger.Given, err error) {
+	view, err := k.view(ctx, m, img)
+	if err != nil {
+		return g, err
+	}
+	tocs := make([][]byte, len(view.layers))
+	for n, l := range view.layers {
+		if l != nil {
+			tocs[n] = l.toc
+		}
+	}
+	tree, err := profile.NewTree(tocs)
+	if err != nil {
+		return g, err
+	}
+	start, err := startOf(img)
+	if err != nil {
+		return g, err
+	}
+	g.Listed = notNil(profile.Listed(tree, profile.ListOf(start.Labels[profile.LabelPrefetch])))
+	ancestor, err := k.Profiles.Ancestor(ctx, rec.Repository, m.Platform, m.SourceManifest, k.formerDigests(ctx, rec)...)
+	if err != nil && !errors.Is(err, accel.ErrNotFound) {
+		return g, err
+	}
+	inherits := err == nil
+	if inherits {
+		g.Inherited = profile.Inherit(ancestor.Profile, nil, tree, m.SourceManifest).Items
+	}
+	if k.SkipPrediction {
+		g.Predicted = []accel.ProfileItem{} // it will not be tried again
+		return g, nil
+	}
+	predicted, err := profile.Predict(ctx, profile.View{Tree: tree, Read: view.read}, start)
+	if err != nil {
+		return g, err
+	}
+	g.Predicted = notNil(predicted)
+	if inherits {
+		g.Inherited = profile.Union(accel.Profile{Items: g.Inherited}, accel.Profile{Items: newOnly(g.Predicted, ancestor, tree, m.SourceManifest)}).Items
+	}
+	return g, nil
+}
+
+func notNil(items []accel.ProfileItem) []accel.ProfileItem {
+	if items == nil {
+		return []accel.ProfileItem{}
+	}
+	return items
+}
+
+// newOnly is what is predicted of files that were not predicted for the ancestor as well: of
+// those its recorded starts say more.
+func newOnly(predicted []accel.ProfileItem, a ledger.Ancestor, tree *profile.Tree, manifest digest.Digest) []accel.ProfileItem {
+	if !a.Prediction {
+		return nil
+	}
+	type file struct {
+		layer int
+		path  string
+	}
+	old := map[file]bool{}
+	for _, i := range profile.Inherit(a.Predicted, nil, tree, manifest).Items {
+		old[file{i.Layer, i.Path}] = true
+	}
+	return slices.DeleteFunc(slices.Clone(predicted), func(i accel.ProfileItem) bool { return old[file{i.Layer, i.Path}] })
+}
+
+// formerDigests are the images that rec's tags had before it.
+func (k *Worker) formerDigests(ctx context.Context, rec accel.Record) (all []digest.Digest) {
+	for _, tag := range rec.Tags {
+		host, path, _ := strings.Cut(rec.Repository, "/")
+		st, err := k.Tracker.Find(ctx, accel.Reference{Registry: host, Repository: path, Tag: tag})
+		if err == nil && st.Previous != nil && st.Previous.Digest != rec.Digest {
+			all = append(all, st.Previous.Digest)
+		}
+	}
+	return all
+}
+
+// startOf reads an image's configuration. A manifest's annotation lists files as the label
+// does.
+func startOf(img v1.Image) (s profile.Start, err error) {
+	conf, err := img.ConfigFile()
+	if err != nil {
+		return s, err
+	}
+	c := conf.Config
+	s = profile.Start{Entrypoint: c.Entrypoint, Cmd: c.Cmd, Env: c.Env, WorkingDir: c.WorkingDir, Labels: map[string]string{}}
+	for name, value := range c.Labels {
+		s.Labels[name] = value
+	}
+	m, err := img.Manifest()
+	if err != nil {
+		return s, err
+	}
+	if listed := m.Annotations[profile.LabelPrefetch]; listed != "" {
+		s.Labels[profile.LabelPrefetch] = strings.Trim(s.Labels[profile.LabelPrefetch]+"\n"+listed, "\n")
+	}
+	return s, nil
+}
+
+// view opens the converted layers: those that were made just now from their files, others
+// in the registry.
+func (k *Worker) view(ctx context.Context, m accel.Mapping, img v1.Image) (*imageView, error) {
+	source, err := k.Registry.Source(m.TargetRepository, "")
+	if err != nil {
+		return nil, err
+	}
+	local, err := img.Layers()
+	if err != nil {
+		return nil, err
+	}
+	v := &imageView{keep: map[inflatedKey][]byte{}}
+	cache := &blocks{keep: map[blockKey][]byte{}}
+	for n, l := range m.Layers {
+		if l.TOCDigest == "" { // passed through
+			v.layers = append(v.layers, nil)
+			continue
+		}
+		var blob io.ReaderAt = &remoteBlob{ctx: ctx, source: source, digest: l.Target, sizeBytes: l.TargetBytes, cache: cache}
+		if n < len(local) {
+			if at, ok := local[n].(io.ReaderAt); ok {
+				blob = at
+			}
+		}
+		layer, err := openLayer(blob, l)
+		if err != nil {
+			return nil, err
+		}
+		v.layers = append(v.layers, layer)
+	}
+	return v, nil
+}
+
+// learnReady does what was left out when rec became Ready: a prediction that took too long,
+// or the ledger was lost or is new.
+func (k *Worker) learnReady(ctx context.Context, rec accel.Record) error {
+	if k.Profiles == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, foretellLimit)
+	defer cancel()
+	known, err := k.Profiles.OfImage(ctx, rec.Digest)
+	if err != nil {
+		return err
+	}
+	if len(known) >= len(rec.Result.Platforms) && !slices.ContainsFunc(known, func(s ledger.ManifestStatus) bool { return !s.Foretold }) {
+		return nil
+	}
+	verifier, err := trust.NewVerifier(k.Keys.Export())
+	if err != nil {
+		return err
+	}
+	src, err := k.Registry.Pull(ctx, rec.Repository, rec.Digest)
+	if err != nil {
+		return err
+	}
+	for img, err := range k.images(ctx, rec.Repository, src, 0) {
+		if err != nil {
+			return err
+		}
+		d, err := img.Digest()
+		if err != nil {
+			return err
+		}
+		envelope, err := k.Tracker.Mapping(ctx, rec.Repository, digest.Digest(d.String()))
+		if errors.Is(err, accel.ErrNotFound) {
+			continue // no platform that was converted
+		}
+		if err != nil {
+			return err
+		}
+		m, err := verifier.Verify(ctx, envelope)
+		if err == nil {
+			err = k.learn(ctx, rec, m, img)
+		}
+		k.foretold(ctx, rec, m.Platform, err)
+	}
+	return nil
+}
+
+// maxIndexDepth bounds indexes in indexes.
+const maxIndexDepth = 4
+
+// images iterates over an image, or the images of an index.
+func (k *Worker) images(ctx context.Context, repository string, src *registry.Manifest, depth int) func(yield func(v1.Image, error) bool) {
+	return func(yield func(v1.Image, error) bool) {
+		if src.Image != nil {
+			yield(src.Image, nil)
+			return
+		}
+		if src.Index == nil || depth == maxIndexDepth {
+			return
+		}
+		m, err := src.Index.IndexManifest()
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		for _, d := range m.Manifests {
+			if !d.MediaType.IsImage() && !d.MediaType.IsIndex() {
+				continue
+			}
+			child, err := k.Registry.Pull(ctx, repository, digest.Digest(d.Digest.String()))
+			if errors.Is(err, accel.ErrNotFound) {
+				continue
+			}
+			if err != nil {
+				yield(nil, err)
+				return
+			}
+			for img, err := range k.images(ctx, repository, child, depth+1) {
+				if !yield(img, err) {
+					return
+				}
+			}
+		}
+	}
+}
