@@ -46,6 +46,9 @@ type span struct{ first, n int }
 // fetchAhead plans by the profile and has the plan fetched before all that nobody waits for.
 func (l *Lazy) fetchAhead(ctx context.Context, img *image, answer <-chan found) {
 	f := <-answer
+	if l.starts.isPlain(img.manifest) {
+		return
+	}
 	if f.from == "" && ctx.Err() == nil {
 		f = l.profileAtTarget(ctx, img)
 	}
@@ -114,12 +117,17 @@ func (l *Lazy) plan(img *image, f found) (*wave, []prefetch.Piece, error) {
 	}
 	var pieces []prefetch.Piece
 	for _, r := range profile.Plan(f.Profile, layers, limits) {
-		d := img.layers[r.Layer].Digest
+		d, bytes := img.layers[r.Layer].Digest, int64(0)
+		for i := r.First; i < r.First+r.N; i++ {
+			bytes += open[r.Layer].Chunk(i).Bytes
+		}
+		// What lies between hot chunks comes along, and counts here.
+		if w.PlannedBytes += bytes; limits.HotBytes > 0 && w.PlannedBytes > limits.HotBytes {
+			w.PlannedBytes -= bytes
+			break
+		}
 		pieces = append(pieces, prefetch.Piece{Digest: d, First: r.First, N: r.N})
 		w.chunks[d] = append(w.chunks[d], span{r.First, r.N})
-		for i := r.First; i < r.First+r.N; i++ {
-			w.PlannedBytes += open[r.Layer].Chunk(i).Bytes
-		}
 		w.Requests++
 	}
 	return w, pieces, nil
@@ -168,4 +176,23 @@ func (l *Lazy) AheadOf(manifest digest.Digest) *Ahead {
 	}
 	a := w.Ahead
 	return &a
+}
+
+// FetchAhead says whether anything is fetched ahead of an image's starts, which is so unless it was turned off; for
+// comparisons. It counts until the node ends, for pulls that begin after it was said.
+func (l *Lazy) FetchAhead(manifest digest.Digest, on bool) {
+	s := l.starts
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if on || len(s.plain) >= maxAnswers {
+		delete(s.plain, manifest)
+		return
+	}
+	s.plain[manifest] = true
+}
+
+func (s *starts) isPlain(manifest digest.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.plain[manifest]
 }

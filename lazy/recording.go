@@ -18,10 +18,10 @@ import (
 // recording is one start whose reads are taken down.
 type recording struct {
 	img      *image
-	key      string
 	began    time.Time
 	recorder *profile.Recorder
-	start    Start // without what is known at the end; starts.mu guards it
+	start    Start // without what is known at the end; starts.mu guards it and failed
+	failed   bool  // the program did, or what it read was of no use for another reason
 
 	mu     sync.Mutex
 	layers map[digest.Digest]bool
@@ -91,21 +91,35 @@ func (l *Lazy) record(ctx context.Context, r *recording) {
 		r.img.wave.Store(&next)
 		l.metrics.ended(a)
 	}
+	l.starts.mu.Lock()
+	if r.failed && err == nil {
+		err = errFailed
+	}
+	l.starts.mu.Unlock()
 	if err == nil && len(report.Items) > 0 {
 		err = l.keepStart(report)
 	}
+	log := l.o.Log.With("image", done.Image, "container", done.Container)
+	switch {
+	case err == nil:
+		log.Info("a start was recorded", "end", string(done.End), "complete", done.Complete, "files", done.Files, "bytes", done.Bytes, "misses", done.Misses)
+	case errors.Is(err, errFailed):
+		log.Info("a start failed, and what it read is not kept")
+	default:
+		log.Warn("the recording of a start is lost", "error", err)
+	}
 	if err != nil {
 		done.Problem = err.Error()
-		l.o.Log.Warn("the recording of a start is lost", "image", done.Image, "container", done.Container, "error", err)
 	}
 	l.metrics.recorded(done)
-	l.o.Log.Info("a start was recorded", "image", done.Image, "container", done.Container, "end", string(done.End), "complete", done.Complete,
-		"files", done.Files, "bytes", done.Bytes, "misses", done.Misses)
 	l.starts.mu.Lock()
 	r.start = done
 	l.starts.mu.Unlock()
 	l.starts.end(r)
 }
+
+// errFailed: somebody said that the start failed.
+var errFailed = errors.New("the start failed")
 
 // guarded makes faults under mapped files (a disk error, a file cut short) errors.
 func guarded(do func() error) (err error) {

@@ -53,6 +53,11 @@ type Start struct {
 	Problem   string        `json:"problem,omitempty" doc:"why nothing came of the recording"`
 }
 
+// Is reports whether it is the start of a container, by its ID.
+func (s Start) Is(container string) bool {
+	return s.Container == container || strings.HasSuffix(s.Container, "/"+container)
+}
+
 // starts decides which starts are recorded. A layer belongs to one recording at a time, since the
 // holder cannot tell who reads.
 type starts struct {
@@ -67,10 +72,11 @@ type starts struct {
 	under map[digest.Digest]*recording // by layer
 	count int                          // of recordings under way
 	past  []Start                      // the newest last
+	plain map[digest.Digest]bool       // images, by manifest, ahead of whose starts nothing is fetched
 }
 
 func newStarts() (*starts, error) {
-	s := &starts{fresh: map[digest.Digest]bool{}, held: map[digest.Digest]time.Time{}, under: map[digest.Digest]*recording{}}
+	s := &starts{fresh: map[digest.Digest]bool{}, held: map[digest.Digest]time.Time{}, under: map[digest.Digest]*recording{}, plain: map[digest.Digest]bool{}}
 	var err error
 	if s.images, err = lru.New[digest.Digest, *image](maxAnswers); err != nil {
 		return nil, err
@@ -181,7 +187,7 @@ func (s *starts) begin(e snapshot.Event, node string) *recording {
 	if r := s.under[img.layers[len(img.layers)-1].Digest]; r != nil && r.img.manifest == img.manifest {
 		return nil
 	}
-	r := &recording{img: img, key: e.Key, began: e.Began, layers: map[digest.Digest]bool{}, cut: map[digest.Digest]time.Time{}}
+	r := &recording{img: img, began: e.Began, layers: map[digest.Digest]bool{}, cut: map[digest.Digest]time.Time{}}
 	cold, fresh := true, false
 	for _, y := range img.layers {
 		d := y.Digest
@@ -305,14 +311,15 @@ func (l *Lazy) Starts() []Start {
 	return all
 }
 
-// Answered tells that the program in a container answers, which ends the recording of its start.
-// accel.ErrNotFound where its start is not being recorded.
-func (l *Lazy) Answered(container string) error {
+// Answered tells that the program in a container answers, which ends the recording of its start; or that it
+// failed, and then what it read is of no use to anybody. accel.ErrNotFound where its start is not being recorded.
+func (l *Lazy) Answered(container string, failed bool) error {
 	s := l.starts
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, r := range s.under {
-		if r.key == container || strings.HasSuffix(r.key, "/"+container) {
+		if r.start.Is(container) {
+			r.failed = r.failed || failed
 			r.recorder.Answered()
 			return nil
 		}

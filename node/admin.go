@@ -80,8 +80,11 @@ func (n *Node) admin(ctx context.Context) http.Handler {
 		return c.Remove(ctx, in.Body.What)
 	})
 	get(routes, "starts", "/v1/starts", "Starts of containers whose reads were recorded, the newest first", func(context.Context, *struct{}) ([]lazy.Start, error) { return n.starts(), nil })
-	post(routes, "start-answered", "/v1/starts/answered", "The program in a container answers: its start is over", func(_ context.Context, in *body[Answered]) (struct{}, error) {
-		return struct{}{}, n.answered(in.Body.Container)
+	post(routes, "start-answered", "/v1/starts/answered", "The program in a container answers, or failed: its start is over", func(_ context.Context, in *body[Answered]) (struct{}, error) {
+		return struct{}{}, n.answered(in.Body)
+	})
+	post(routes, "fetch-ahead", "/v1/starts/ahead", "Whether anything is fetched ahead of an image's starts, until the node ends", func(_ context.Context, in *body[FetchAhead]) (struct{}, error) {
+		return struct{}{}, n.fetchAhead(in.Body)
 	})
 	huma.Register(routes, huma.Operation{
 		OperationID: "cache-check", Method: http.MethodPost, Path: "/v1/cache/check",

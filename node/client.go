@@ -91,10 +91,15 @@ func (c *Client) Starts(ctx context.Context) (starts []lazy.Start, err error) {
 	return starts, c.do(ctx, http.MethodGet, "/v1/starts", nil, &starts)
 }
 
-// Answered tells that the program in a container answers, so that the recording of its start ends. accel.ErrNotFound
-// where it is not being recorded.
-func (c *Client) Answered(ctx context.Context, container string) error {
-	return c.do(ctx, http.MethodPost, "/v1/starts/answered", Answered{container}, &struct{}{})
+// Answered tells that the program in a container answers, so that the recording of its start ends; or that it failed, so that
+// nothing is kept of it. accel.ErrNotFound where it is not being recorded.
+func (c *Client) Answered(ctx context.Context, a Answered) error {
+	return c.do(ctx, http.MethodPost, "/v1/starts/answered", a, &struct{}{})
+}
+
+// FetchAhead says whether anything is fetched ahead of an image's starts, for comparisons.
+func (c *Client) FetchAhead(ctx context.Context, f FetchAhead) error {
+	return c.do(ctx, http.MethodPost, "/v1/starts/ahead", f, &struct{}{})
 }
 
 // Check reads every complete blob again and drops what is damaged.

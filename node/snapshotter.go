@@ -232,6 +232,7 @@ func (m *MountedImage) add(s lazy.LayerState) {
 // Answered names a container whose program answers.
 type Answered struct {
 	Container string `json:"container" minLength:"1" maxLength:"512" doc:"its ID"`
+	Failed    bool   `json:"failed,omitempty" doc:"it did not come up: what it read is not kept"`
 }
 
 // starts are those that were recorded, or are being.
@@ -242,9 +243,26 @@ func (n *Node) starts() []lazy.Start {
 	return n.mounts.lazy.Starts()
 }
 
-func (n *Node) answered(container string) error {
+func (n *Node) answered(a Answered) error {
 	if n.mounts == nil {
 		return fmt.Errorf("%w: this node mounts nothing", accel.ErrNotFound)
 	}
-	return n.mounts.lazy.Answered(container)
+	return n.mounts.lazy.Answered(a.Container, a.Failed)
+}
+
+// FetchAhead says whether anything is fetched ahead of an image's starts.
+type FetchAhead struct {
+	Manifest digest.Digest `json:"manifest" doc:"digest of the platform's manifest"`
+	On       bool          `json:"on"`
+}
+
+func (n *Node) fetchAhead(f FetchAhead) error {
+	if err := f.Manifest.Validate(); err != nil {
+		return fmt.Errorf("%w: manifest %.100q: %w", accel.ErrInvalid, f.Manifest, err)
+	}
+	if n.mounts == nil {
+		return fmt.Errorf("%w: this node mounts nothing", accel.ErrNotFound)
+	}
+	n.mounts.lazy.FetchAhead(f.Manifest, f.On)
+	return nil
 }

@@ -29,6 +29,7 @@ reference by tag or digest, or the digest of a platform's manifest alone.`,
 	}
 	cmd.AddCommand(
 		newProfileShow(g), newProfileDiff(g), newProfileExport(g), newProfileImport(g), newProfileRm(g),
+		newProfileRecord(g),
 	)
 	return cmd
 }

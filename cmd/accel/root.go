@@ -63,7 +63,7 @@ Exit codes: 0 it worked, 1 it did not (or the image Failed or was Rejected),
 		newWait(g), newStatus(g), newImages(g), newRetry(g), newDelete(g), newGC(g), newConvertAll(g),
 		newNodes(g), newWarm(g), newPulls(g), newUsage(g), newProfile(g),
 		newConvert(g), newDiff(g), newKeys(g), newVersion(g),
-		newNode(g), newPS(g), newCache(g), newDoctor(g),
+		newNode(g), newPS(g), newCache(g), newDoctor(g), newBench(g),
 	)
 	return root
 }
