@@ -95,6 +95,8 @@ type startsRow struct {
 	// Kept and Complete are the summary's.
 	Kept     int `json:"kept"`
 	Complete int `json:"complete"`
+	// Bar is the summary's: what ranks behind it need not be added.
+	Bar string `json:"bar,omitempty"`
 	// Covered counts the complete starts that Share and Vain are of.
 	Covered int64   `json:"covered"`
 	Share   float64 `json:"share"`

@@ -119,35 +119,43 @@ func (s *state) measure(r profile.Report) (share float64) {
 
 // take adds the report to the sample, looks for new use, and composes the profile anew.
 func (s *state) take(r profile.Report, share float64) error {
+	s.touched = true
+	settled := s.row.Starts.Complete >= enoughStarts
+	suspect := settled && share >= 0 && share < badShare
+	if bar := s.row.Starts.Bar; !suspect && bar != "" && profile.Rank(r) > bar {
+		s.forgetNext()
+		return nil // most reports of an image that many nodes start
+	}
 	sum := s.summary(partSummary)
 	changed, err := sum.Add(r)
 	if err != nil {
 		return fmt.Errorf("report of a start: %w", err)
 	}
-	settled := s.row.Starts.Complete >= enoughStarts
-	if settled && share >= 0 {
+	if suspect {
 		next := s.summary(partNext)
-		switch {
-		case share < badShare:
-			if _, err := next.Add(r); err != nil {
-				return err
-			}
-			if s.takesOver(next, sum) {
-				s.l.o.Log.Info("an image is used in another way; its profile is recorded anew", "manifest", s.row.Manifest, "coverage", s.row.Starts.Share)
-				sum, next, changed = next, profile.NewSummary(s.row.Manifest), true
-			}
-			s.setSummary(partNext, next)
-		case s.row.Starts.Share >= materialShare && next.Reports() > 0:
-			s.remove(partNext)
+		if _, err := next.Add(r); err != nil {
+			return err
 		}
+		if s.takesOver(next, sum) {
+			s.l.o.Log.Info("an image is used in another way; its profile is recorded anew", "manifest", s.row.Manifest, "coverage", s.row.Starts.Share)
+			sum, next, changed = next, profile.NewSummary(s.row.Manifest), true
+		}
+		s.setSummary(partNext, next)
+	} else {
+		s.forgetNext()
 	}
-	s.touched = true
 	if !changed {
 		return nil
 	}
 	s.setSummary(partSummary, sum)
-	s.row.Starts.Kept, s.row.Starts.Complete = sum.Reports(), sum.Complete()
 	return s.compose()
+}
+
+// forgetNext drops the suspicion of new use when starts are foretold well.
+func (s *state) forgetNext() {
+	if s.row.Starts.Share >= materialShare {
+		s.remove(partNext)
+	}
 }
 
 // takesOver says that the newer starts are the image's use now.
