@@ -66,7 +66,7 @@ func (b *bed) recordedProfile(ctx context.Context, s startable, manifest digest.
 	}
 	client := node.NewClient(filepath.Join(h.dir, "node.sock"))
 	defer client.Close()
-	if err := client.Answered(ctx, id); err != nil && !errors.Is(err, accel.ErrNotFound) { // it was quiet for long enough
+	if err := client.Answered(ctx, node.Answered{Container: id}); err != nil && !errors.Is(err, accel.ErrNotFound) { // it was quiet for long enough
 		return p, err
 	}
 	if err := untilRecorded(ctx, client); err != nil {
