@@ -9,10 +9,7 @@ import (
 	"accel/snapshot"
 
 	"github.com/opencontainers/go-digest"
-	"go.uber.org/goleak"
 )
-
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func named(name string) digest.Digest { return digest.FromString(name) }
 
