@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"slices"
 	"time"
@@ -51,6 +52,27 @@ func (r ranked) compare(o ranked) int {
 	}
 	return cmp.Or(bytes.Compare(r.hash[:], o.hash[:]), bytes.Compare(r.content[:], o.content[:]))
 }
+
+// Rank is r's place in the order of preference: what sorts first is kept.
+func Rank(r Report) string {
+	class := "1"
+	if r.Complete {
+		class = "0"
+	}
+	h := hashOf(r)
+	return class + hex.EncodeToString(h[:])
+}
+
+// Bar is the Rank of the worst report of a full sample, else empty. A report that ranks behind it
+// changes nothing, and need not be added.
+func (s *Summary) Bar() string {
+	if len(s.reports) < MaxReports {
+		return ""
+	}
+	return Rank(s.reports[len(s.reports)-1].Report)
+}
+
+func hashOf(r Report) [sha256.Size]byte { return sha256.Sum256([]byte(r.Node + "\x00" + r.ID)) }
 
 // NewSummary is one without reports, of a source platform manifest.
 func NewSummary(manifest digest.Digest) *Summary { return &Summary{manifest: manifest} }
@@ -106,7 +128,7 @@ func (s *Summary) Add(r Report) (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	return s.insert([]ranked{{Report: r, hash: sha256.Sum256([]byte(r.Node + "\x00" + r.ID)), content: sha256.Sum256(b)}}), nil
+	return s.insert([]ranked{{Report: r, hash: hashOf(r), content: sha256.Sum256(b)}}), nil
 }
 
 // Merge takes all of o's reports in. The error is an accel.ErrInvalid: o is about

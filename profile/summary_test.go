@@ -224,3 +224,27 @@ func BenchmarkSummary(b *testing.B) {
 		s.Profile(0)
 	}
 }
+
+func TestBarSaysWhatNeedNotBeAdded(t *testing.T) {
+	r := rand.New(rand.NewPCG(5, 6))
+	s := profile.NewSummary(imageA)
+	skipped := 0
+	for n := range 300 {
+		one := report(n, fmt.Sprint("node", n%60), randomStart(r)[:3])
+		one.Complete = n%4 > 0
+		bar := s.Bar()
+		if (bar == "") != (s.Reports() < profile.MaxReports) {
+			t.Fatalf("%d reports and the bar %q", s.Reports(), bar)
+		}
+		changed, err := s.Add(one)
+		must(t, err)
+		if bar != "" && profile.Rank(one) > bar {
+			if skipped++; changed {
+				t.Fatal("a report behind the bar changed the sample")
+			}
+		}
+	}
+	if skipped < 200 {
+		t.Errorf("the bar spares %d of 300 additions", skipped)
+	}
+}

@@ -17,7 +17,7 @@ const (
 
 // compose makes the profile that stands of all parts, and sees to its publication.
 func (s *state) compose() error {
-	p, ok := s.standing()
+	p, ok := s.standing(true)
 	if !ok {
 		s.remove(partServed)
 		if s.row.Served != (servedRow{}) {
@@ -39,15 +39,16 @@ func (s *state) compose() error {
 	return nil
 }
 
-// standing is the profile that follows from the parts; ok is false where nothing is known.
-func (s *state) standing() (p accel.Profile, ok bool) {
+// standing is the profile that follows from the parts, with or without what the image's maker
+// lists; ok is false where nothing is known.
+func (s *state) standing(withListed bool) (p accel.Profile, ok bool) {
 	sum := s.summary(partSummary)
 	var others []accel.Profile
-	recorded := sum.Reports() > 0
-	if recorded {
-		p, ok = sum.Profile(profile.DefaultShare), true
+	if sum.Reports() > 0 {
+		p = sum.Profile(profile.DefaultShare)
+		ok = len(p.Items) > 0 // else the starts have nothing in common
 	}
-	if sum.Complete() == 0 {
+	if sum.Complete() == 0 || !ok {
 		for _, k := range []kind{partImported, partInherited, partPredicted} {
 			given, known := s.profile(k)
 			if !known {
@@ -61,7 +62,7 @@ func (s *state) standing() (p accel.Profile, ok bool) {
 			break
 		}
 	}
-	if listed, known := s.profile(partListed); known {
+	if listed, known := s.profile(partListed); known && withListed {
 		if !ok || len(p.Items) == 0 {
 			p, ok = listed, true
 		} else {
@@ -93,16 +94,17 @@ func (s *state) plan(p accel.Profile, ok bool) {
 	due := time.Time{}
 	published, is := s.profile(partPublished)
 	is = is && s.row.Published != ""
-	soon := later(s.l.now(), s.row.PublishedAt.Add(s.l.o.PublishEvery))
+	// A registry that deletes nothing is not filled with artifacts.
+	soon := later(s.l.now(), s.row.PublishedAt.Add(s.l.o.PublishEvery<<s.mostStale()))
 	switch {
 	case s.l.o.Unpublished:
 	case !ok:
 		if s.anyArtifact() {
 			due = soon
 		}
-	case !is, rank(p.Origin) > rank(published.Origin), material(p, published):
+	case !is, rank(p.Origin) != rank(published.Origin), material(p, published):
 		due = soon
-	case !sameItems(p, published):
+	case profile.Version(p) != s.row.Published:
 		// The wait is counted from the first such change.
 		if due = s.row.DueAt; due.IsZero() {
 			due = later(s.l.now(), s.row.PublishedAt).Add(s.l.o.SettleAfter)

@@ -38,6 +38,7 @@ type state struct {
 	row   *row
 	fresh map[kind][]byte // parts to write; nil ones are taken away
 	had   map[kind][]byte // parts as they are in the file, packed
+	sums  map[kind]*profile.Summary
 	// touched says that the row has to be written even if no part has.
 	touched bool
 }
@@ -53,7 +54,7 @@ func (l *Ledger) change(ctx context.Context, manifest digest.Digest, begin bool,
 		return err
 	}
 	defer unlock()
-	s := &state{l: l, fresh: map[kind][]byte{}, had: map[kind][]byte{}}
+	s := &state{l: l, fresh: map[kind][]byte{}, had: map[kind][]byte{}, sums: map[kind]*profile.Summary{}}
 	begun := false
 	err = l.view(ctx, func(bt *bbolt.Tx) (err error) {
 		if s.row, err = l.get(bt, manifest); err != nil {
@@ -160,8 +161,15 @@ func (s *state) setProfile(k kind, p accel.Profile) error {
 	return nil
 }
 
-// summary is a part that is one, empty where there is none.
+// summary is a part that is one, empty where there is none. What changes it calls setSummary.
 func (s *state) summary(k kind) *profile.Summary {
+	if s.sums[k] == nil {
+		s.sums[k] = s.readSummary(k)
+	}
+	return s.sums[k]
+}
+
+func (s *state) readSummary(k kind) *profile.Summary {
 	b := s.part(k, profile.MaxSummaryBytes)
 	if b != nil {
 		sum, err := profile.DecodeSummary(b)
@@ -174,6 +182,11 @@ func (s *state) summary(k kind) *profile.Summary {
 }
 
 func (s *state) setSummary(k kind, sum *profile.Summary) {
+	s.sums[k] = sum
+	if k == partSummary {
+		f := &s.row.Starts
+		f.Kept, f.Complete, f.Bar = sum.Reports(), sum.Complete(), sum.Bar()
+	}
 	if sum.Reports() == 0 {
 		s.fresh[k] = nil
 		return
@@ -184,6 +197,7 @@ func (s *state) setSummary(k kind, sum *profile.Summary) {
 func (s *state) remove(k kind) {
 	if _, changed := s.fresh[k]; changed || s.had[k] != nil {
 		s.fresh[k] = nil
+		delete(s.sums, k)
 	}
 }
 
@@ -221,7 +235,7 @@ func (l *Ledger) Learn(ctx context.Context, manifest digest.Digest, at Image, la
 
 // learnPlace adds a place, or brings it up to date; the oldest makes room.
 func (s *state) learnPlace(at Image) {
-	known := slices.IndexFunc(s.row.Places, func(p place) bool { return p.Repository == at.Repository && p.Image.Digest == at.Digest })
+	known := slices.IndexFunc(s.row.Places, func(p place) bool { return p.Repository == at.Repository && p.Digest == at.Digest })
 	if known >= 0 {
 		p := &s.row.Places[known]
 		if p.Target != at.Target {
@@ -249,7 +263,7 @@ func (l *Ledger) Leave(ctx context.Context, repository string, image digest.Dige
 	}
 	for _, m := range manifests {
 		err := l.change(ctx, m, false, func(s *state) error {
-			s.row.Places = slices.DeleteFunc(s.row.Places, func(p place) bool { return p.Repository == repository && p.Image.Digest == image })
+			s.row.Places = slices.DeleteFunc(s.row.Places, func(p place) bool { return p.Repository == repository && p.Digest == image })
 			s.touched = true
 			return nil
 		})
@@ -268,9 +282,9 @@ func (l *Ledger) Import(ctx context.Context, manifest digest.Digest, p accel.Pro
 		if err := s.setProfile(partImported, p); err != nil {
 			return err
 		}
-		s.remove(partSummary)
-		s.remove(partNext)
-		s.row.Starts.Kept, s.row.Starts.Complete = 0, 0
+		for _, k := range []kind{partSummary, partNext} {
+			s.setSummary(k, profile.NewSummary(manifest))
+		}
 		s.used()
 		return s.compose()
 	})
@@ -294,11 +308,6 @@ func (l *Ledger) Remove(ctx context.Context, manifest digest.Digest) error {
 // inImage leaves out what cannot be in the image.
 func (s *state) inImage(items []accel.ProfileItem) []accel.ProfileItem {
 	return slices.DeleteFunc(slices.Clone(items), func(i accel.ProfileItem) bool { return i.Layer >= s.row.Layers })
-}
-
-// sameItems ignores when and how often they were recorded.
-func sameItems(a, b accel.Profile) bool {
-	return a.Origin == b.Origin && slices.Equal(a.Items, b.Items)
 }
 
 func later(a, b time.Time) time.Time {

@@ -121,10 +121,6 @@ func (l *Ledger) Published(ctx context.Context, p Publication) error {
 		}
 		served, ok := s.profile(partServed)
 		s.plan(served, ok)
-		// A registry that deletes nothing is not filled with artifacts.
-		if most := s.mostStale(); most > 0 && !s.row.DueAt.IsZero() {
-			s.row.DueAt = later(s.row.DueAt, l.now().Add(l.o.PublishEvery<<most))
-		}
 		return nil
 	})
 	if errors.Is(err, accel.ErrNotFound) {

@@ -82,7 +82,7 @@ func (l *Ledger) OfImage(ctx context.Context, image digest.Digest) (all []Manife
 		return l.eachOf(bt, image, func(r *row) {
 			s := ManifestStatus{Manifest: r.Manifest, Foretold: r.Foretold, Status: r.status()}
 			for _, p := range r.Places {
-				if p.Image.Digest == image {
+				if p.Digest == image {
 					s.Platform = p.Platform
 				}
 			}
@@ -119,7 +119,7 @@ func (l *Ledger) manifestsOf(ctx context.Context, image digest.Digest) (all []di
 // Ancestor is an image from which another one may inherit.
 type Ancestor struct {
 	Manifest digest.Digest
-	// Profile was recorded.
+	// Profile was recorded. What only the image's maker listed is not in it.
 	Profile accel.Profile
 	// Predicted had been foretold; ok is false where nothing had.
 	Predicted  accel.Profile
@@ -178,7 +178,7 @@ func (l *Ledger) Ancestor(ctx context.Context, repository, platform string, not 
 	err = l.change(ctx, found, false, func(s *state) error {
 		a = Ancestor{Manifest: found}
 		var ok bool
-		if a.Profile, ok = s.profile(partServed); !ok {
+		if a.Profile, ok = s.standing(false); !ok {
 			return fmt.Errorf("%w: platform manifest %s has no profile", accel.ErrNotFound, found)
 		}
 		a.Predicted, a.Prediction = s.profile(partPredicted)

@@ -95,6 +95,8 @@ type startsRow struct {
 	// Kept and Complete are the summary's.
 	Kept     int `json:"kept"`
 	Complete int `json:"complete"`
+	// Bar is the summary's: what ranks behind it need not be added.
+	Bar string `json:"bar,omitempty"`
 	// Covered counts the complete starts that Share and Vain are of.
 	Covered int64   `json:"covered"`
 	Share   float64 `json:"share"`
@@ -148,7 +150,7 @@ func lines(r *row) []line {
 	}
 	images, repositories := map[string]bool{}, map[string]bool{}
 	for _, p := range r.Places {
-		image := string(hash(p.Image.Digest.String())) + r.Manifest.String()
+		image := string(hash(p.Digest.String())) + r.Manifest.String()
 		if !images[image] {
 			images[image] = true
 			all = append(all, line{string(bucketByImage), image})
