@@ -346,7 +346,7 @@ func eachLayer(t *testing.T, img v1.Image, do func(h *tar.Header, layer int)) {
 		must(t, err)
 		for tr := tar.NewReader(r); ; {
 			h, err := tr.Next()
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				break
 			}
 			must(t, err)
@@ -469,7 +469,7 @@ func TestBench(t *testing.T) {
 	drawn, err := os.ReadFile(file)
 	must(t, err)
 	for dec := xml.NewDecoder(bytes.NewReader(drawn)); ; {
-		if _, err := dec.Token(); err == io.EOF {
+		if _, err := dec.Token(); errors.Is(err, io.EOF) {
 			break
 		} else if err != nil {
 			t.Fatalf("the plot is no XML: %v\n%s", err, drawn)
