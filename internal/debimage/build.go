@@ -205,7 +205,12 @@ func (w works) changed(ctx context.Context, tree, script string, below ...string
 	if err := w.run(ctx, "mount", "-t", "overlay", "overlay", "-o", "lowerdir="+strings.Join(below, ":")+",upperdir="+w.path(tree)+",workdir="+scratch, merged); err != nil {
 		return err
 	}
-	err := w.run(ctx, "chroot", merged, "sh", "-c", script)
+	proc := filepath.Join(merged, "proc") // Java does not run without it
+	err := w.run(ctx, "mount", "-t", "proc", "proc", proc)
+	if err == nil {
+		err = w.run(ctx, "chroot", merged, "sh", "-c", script)
+		err = errors.Join(err, w.run(context.WithoutCancel(ctx), "umount", proc))
+	}
 	return errors.Join(err, w.run(context.WithoutCancel(ctx), "umount", merged))
 }
 
