@@ -45,6 +45,7 @@ type layer struct {
 	toldFailed time.Time // when a failed read was logged last
 	touched    uint64    // Filler.touches at its last miss
 	cursor     int       // where the background goes on
+	settledAt  time.Time // the background begins
 	// Until pausedUntil nothing is fetched that nobody waits for; failures doubles the next pause.
 	pausedUntil time.Time
 	failures    int
@@ -81,7 +82,7 @@ func newLayer(given Layer) (*layer, error) {
 	if given.Content == nil || given.Source == nil {
 		return nil, fmt.Errorf("%w: a layer needs content and a source", accel.ErrInvalid)
 	}
-	l := &layer{Layer: given, digest: given.Content.Digest(), n: given.Content.Len(), waiters: map[*waiter]struct{}{}}
+	l := &layer{Layer: given, digest: given.Content.Digest(), n: given.Content.Len(), waiters: map[*waiter]struct{}{}, settledAt: time.Now().Add(settleTime)}
 	if l.n < 0 || l.n > maxChunks {
 		return nil, fmt.Errorf("%w: layer %s has %d chunks, more than %d", accel.ErrInvalid, l.digest, l.n, maxChunks)
 	}

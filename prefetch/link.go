@@ -159,8 +159,8 @@ func (k *link) patience(most time.Duration) time.Duration {
 	return min(max(measured, time.Second)<<min(k.stalls, 8), most)
 }
 
-// active reports whether programs are missing things just now.
-func (k *link) active(now time.Time) bool { return now.Sub(k.missed) < activeTime }
+// active reports whether programs are missing things just now, or what they will want is on its way.
+func (k *link) active(now time.Time) bool { return now.Sub(k.missed) < activeTime || k.flying[hot] > 0 }
 
 // deliver counts a flight among those that deliver, or no more.
 func (k *link) deliver(of kind, n int) {
