@@ -317,10 +317,12 @@ func (l *Lazy) ask(key imageKey, name string) (*answer, error) {
 		defer close(a.done)
 		ctx, cancel := context.WithTimeout(running, resolveTime)
 		defer cancel()
+		began := time.Now()
 		a.img, a.err = l.lookAt(ctx, running, name, key, known)
 		if a.at = at; known == nil {
 			a.at = time.Now()
 		}
+		l.o.Log.Debug("an image was looked at", "image", name, "took", time.Since(began))
 		l.metrics.count(a.img, a.err)
 		l.tell(name, key.manifest, a.err)
 	})

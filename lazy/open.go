@@ -94,15 +94,21 @@ func (l *Lazy) create(ctx context.Context, d digest.Digest, o *origin) (*cache.L
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
+	began := time.Now()
 	packed, json, offset, err := l.fetchTOC(ctx, d, *o)
 	if err != nil {
 		return nil, err
 	}
+	fetched := time.Since(began)
 	o.TOCOffset = offset
 	layout, err := lazyfs.Build(json, offset)
 	if err != nil {
 		return nil, declined("layer %s: %v", d, err)
 	}
+	built := time.Since(began)
+	defer func() {
+		l.o.Log.Debug("a layer's files were made", "layer", d, "tocBytes", len(packed), "fetched", fetched, "built", built, "kept", time.Since(began))
+	}()
 	info := cache.LayerInfo{Chunks: layout.Chunks(), DataBytes: layout.DataBytes(), FilesBytes: layout.FilesBytes() - layout.DataBytes() + int64(len(packed))}
 	return l.o.Store.CreateLayer(ctx, d, info, func(f cache.LayerFiles) error {
 		if err := os.WriteFile(f.TOC, packed, 0o600); err != nil {

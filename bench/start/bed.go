@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"accel"
 	"accel/convert"
@@ -34,13 +35,13 @@ type bed struct {
 	link     *testbed.Link
 	client   *registry.Client
 	keys     *trust.Keyring
-	keysFile string // its public half
-	hot      map[string]hotSet
+	keysFile string   // its public half
+	hot      []hotSet // of the images that are published
 }
 
 func openBed(ctx context.Context, s setting) (_ *bed, err error) {
 	logrus.SetOutput(io.Discard) // distribution's
-	b := &bed{keep: s.keep, hot: map[string]hotSet{}}
+	b := &bed{keep: s.keep}
 	if b.dir, err = os.MkdirTemp("", "accel-bench-"); err != nil {
 		return nil, err
 	}
@@ -86,56 +87,63 @@ func (b *bed) close() error {
 	return errors.Join(append(errs, os.RemoveAll(b.dir))...)
 }
 
-// repository of an image, and reference of one of its forms, as clients name them.
-// accel's form has the name of the plain one: that is the point of it.
-func (b *bed) repository(image string) string { return b.link.Host() + "/bench/" + image }
+// repository of one of an image's forms, and its reference, as clients name them.
+func (b *bed) repository(image string, f form) string {
+	if _, with, ok := strings.Cut(string(f), "+"); ok {
+		image += "-" + with
+	}
+	return b.link.Host() + "/bench/" + image
+}
 
 func (b *bed) reference(image string, f form) string {
-	if f == accelForm {
-		f = plainForm
+	tag := f
+	if f.ofAccel() { // that is the point of it
+		tag = plainForm
 	}
-	return b.repository(image) + ":" + string(f)
+	return b.repository(image, f) + ":" + string(tag)
 }
 
 // publish pushes an image in all the forms that variants need.
-func (b *bed) publish(ctx context.Context, image string, variants []variant) error {
+func (b *bed) publish(ctx context.Context, s startable, variants []variant) error {
 	b.link.Shape(testbed.LinkSpeed{})
 	needed := map[form]bool{}
 	for _, v := range variants {
 		needed[v.form] = true
 	}
-	src, err := sourceOf(ctx, image)
+	src, err := s.source(ctx)
 	if err != nil {
 		return err
 	}
 	// Recording needs the plain form in the registry, as accel's conversion does.
-	if err := b.push(ctx, src, b.reference(image, plainForm)); err != nil {
+	if err := b.push(ctx, src, b.reference(s.name, plainForm)); err != nil {
 		return err
 	}
-	if needed[accelForm] {
-		fmt.Fprintf(os.Stderr, "%s: converting by accel\n", image)
-		if err := b.accelerate(ctx, src, image); err != nil {
+	if needed[accelForm] || needed[predictedForm] || needed[recordedForm] {
+		fmt.Fprintf(os.Stderr, "%s: converting by accel\n", s.name)
+		if err := b.accelerate(ctx, src, s, needed); err != nil {
 			return err
 		}
 	}
 	if !needed[stockForm] && !needed[optimisedForm] {
 		return nil
 	}
-	stock, err := stockImage(ctx, image, src)
+	stock, err := stockImage(ctx, s.name, src)
 	if err != nil {
 		return err
 	}
-	if err := b.push(ctx, stock, b.reference(image, stockForm)); err != nil || !needed[optimisedForm] {
+	if err := b.push(ctx, stock, b.reference(s.name, stockForm)); err != nil || !needed[optimisedForm] {
 		return err
 	}
-	optimised, err := b.optimisedImage(ctx, image, src, stock)
+	optimised, err := b.optimisedImage(ctx, s, src, stock)
 	if err != nil {
 		return err
 	}
-	if err := b.push(ctx, optimised, b.reference(image, optimisedForm)); err != nil {
+	if err := b.push(ctx, optimised, b.reference(s.name, optimisedForm)); err != nil {
 		return err
 	}
-	b.hot[image], err = measureHot(optimised)
+	hot, err := measureHot(optimised)
+	hot.Image = s.name
+	b.hot = append(b.hot, hot)
 	return err
 }
 
@@ -147,20 +155,54 @@ func (b *bed) push(ctx context.Context, img v1.Image, reference string) error {
 	return remote.Write(ref, img, remote.WithContext(ctx))
 }
 
-// accelerate does what accel's worker does: converts, pushes beside the source, and
-// attaches the signed mapping to it.
-func (b *bed) accelerate(ctx context.Context, src v1.Image, image string) (err error) {
-	repository := b.repository(image)
+// accelerate does what accel's worker does, with the profiles that are needed.
+func (b *bed) accelerate(ctx context.Context, src v1.Image, s startable, needed map[form]bool) (err error) {
 	c := &convert.Converter{TempDir: b.dir}
-	res, err := c.Convert(ctx, convert.Source{Image: src, Repository: repository}, convert.Options{})
+	res, err := c.Convert(ctx, convert.Source{Image: src, Repository: b.repository(s.name, accelForm)}, convert.Options{})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, res.Close()) }()
+	if err := b.pushConverted(ctx, res, s.name, accelForm); err != nil {
+		return err
+	}
+	manifest := res.Mappings[0].SourceManifest
+	for _, with := range []struct {
+		form form
+		make func() (accel.Profile, error)
+	}{
+		{predictedForm, func() (accel.Profile, error) { return predictedProfile(ctx, manifest, res.Image) }},
+		{recordedForm, func() (accel.Profile, error) { return b.recordedProfile(ctx, s, manifest) }},
+	} {
+		f := with.form
+		if !needed[f] {
+			continue
+		}
+		p, err := with.make()
+		if err != nil {
+			return fmt.Errorf("profile for %s: %w", f, err)
+		}
+		fmt.Fprintf(os.Stderr, "%s: %s profile of %d items, %.1f MB\n", s.name, p.Origin, len(p.Items), float64(p.Bytes())/megabyte)
+		if err := b.push(ctx, src, b.reference(s.name, f)); err != nil {
+			return err
+		}
+		if err := b.pushConverted(ctx, res, s.name, f); err != nil {
+			return err
+		}
+		if err := b.attachProfile(ctx, b.repository(s.name, f), p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// pushConverted pushes a conversion beside its source, and attaches the signed mapping to that.
+func (b *bed) pushConverted(ctx context.Context, res *convert.Result, image string, f form) error {
+	repository := b.repository(image, f)
 	if err := b.client.PushImage(ctx, repository, res.Image); err != nil {
 		return err
 	}
-	if err := b.push(ctx, res.Image, repository+":"+string(plainForm)+convertedSuffix); err != nil {
+	if err := b.push(ctx, res.Image, b.reference(image, f)+convertedSuffix); err != nil {
 		return err
 	}
 	for _, m := range res.Mappings {

@@ -8,11 +8,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
-
-	"accel/internal/debimage"
 
 	"github.com/containerd/stargz-snapshotter/estargz"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -21,21 +18,6 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
-
-// startable is an image whose program answers by HTTP on port 9000.
-type startable struct {
-	name  string
-	build func(context.Context, io.Writer) (v1.Image, error)
-}
-
-func (s startable) String() string { return s.name }
-
-var images = []startable{{"pyapp", debimage.PyApp}}
-
-func sourceOf(ctx context.Context, image string) (v1.Image, error) {
-	i := slices.IndexFunc(images, func(s startable) bool { return s.name == image })
-	return images[i].build(ctx, os.Stderr)
-}
 
 // cached is the image that convert makes of src, from the user's cache directory
 // where it was made before: the stock library takes minutes. A change of what is
@@ -103,13 +85,13 @@ const readAnnotation = "dev.accel.bench.read-bytes"
 
 // optimisedImage is src as the stock optimiser makes it: with the files in front
 // that a start was recorded to read.
-func (b *bed) optimisedImage(ctx context.Context, image string, src, stock v1.Image) (v1.Image, error) {
-	return cached(ctx, image, "optimised-2", src, func(ctx context.Context, work string) (v1.Image, error) {
-		recorded, err := b.record(ctx, image, src)
+func (b *bed) optimisedImage(ctx context.Context, s startable, src, stock v1.Image) (v1.Image, error) {
+	return cached(ctx, s.name, "optimised-2", src, func(ctx context.Context, work string) (v1.Image, error) {
+		recorded, err := b.record(ctx, s, src)
 		if err != nil {
 			return nil, err
 		}
-		fmt.Fprintf(os.Stderr, "%s: a start opens %d files and reads %.1f MB\n", image, len(recorded.files), float64(recorded.residentBytes)/megabyte)
+		fmt.Fprintf(os.Stderr, "%s: a start opens %d files and reads %.1f MB\n", s.name, len(recorded.files), float64(recorded.residentBytes)/megabyte)
 		first, err := byLayer(recorded.files, stock, work)
 		if err != nil {
 			return nil, err

@@ -5,8 +5,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,7 +15,6 @@ import (
 )
 
 const (
-	programURL = "http://127.0.0.1:9000/"
 	// pollEvery is how often the program is asked; a start is known to as much.
 	pollEvery = 5 * time.Millisecond
 	// startPatience is ten times what the slowest peer needs over the slowest link.
@@ -35,16 +32,26 @@ var readAll = []string{"sh", "-c", "find / -xdev -type f -exec cat {} + >/dev/nu
 
 // sample is one run.
 type sample struct {
-	Image, Variant string
-	Rate           string        // of the link
-	Pull, Start    time.Duration // Start from the end of the pull until the program answered, or ended
-	FetchedBytes   int64         // by then, headers included
-	DaemonCPU      time.Duration // of containerd and its snapshotter, by then
-	Misses         int64         // reads that had to wait, by then; accel tells them
-	Waited         time.Duration // how long all of them did
+	Image   string `json:"image"`
+	Variant string `json:"variant"`
+	Rate    string `json:"rate"` // of the link
+	// StartSeconds are from the end of the pull until the program was ready, or had ended.
+	PullSeconds  float64 `json:"pullSeconds"`
+	StartSeconds float64 `json:"startSeconds"`
+	// By then:
+	FetchedBytes     int64   `json:"fetchedBytes"`     // headers included
+	DaemonCPUSeconds float64 `json:"daemonCpuSeconds"` // of containerd and its snapshotter
+	// MachineCPUSeconds is what all processes and the kernel used; this program with its
+	// registry and its link among them.
+	MachineCPUSeconds float64 `json:"machineCpuSeconds"`
+	// Reads that had to wait, how long all of them did, and the content that was fetched ahead
+	// by a profile; accel tells these.
+	Misses        int64   `json:"misses"`
+	WaitedSeconds float64 `json:"waitedSeconds"`
+	AheadBytes    int64   `json:"aheadBytes"`
 }
 
-func (s sample) total() time.Duration { return s.Pull + s.Start }
+func (s sample) total() float64 { return s.PullSeconds + s.StartSeconds }
 
 // pull is by containerd's transfer service.
 func (h *host) pull(ctx context.Context, reference string) error {
@@ -52,19 +59,22 @@ func (h *host) pull(ctx context.Context, reference string) error {
 	return h.explained(err)
 }
 
-// start starts a container of a new name and waits until its program answers, or
-// has read everything and ended.
-func (h *host) start(ctx context.Context, reference string, all bool) (id string, err error) {
+// start starts a container of a new name and waits until its program is ready, or
+// has ended; all has every file read instead.
+func (h *host) start(ctx context.Context, reference string, s startable, all bool) (id string, err error) {
 	id = newID()
 	args := append(h.runArgs(), "--snapshotter", h.snapshotter)
+	if !all && !s.ends() {
+		args = append(args, "--detach")
+	}
+	args = append(args, reference, id)
 	if all {
-		_, err := h.containerd.Ctr(ctx, append(append(args, reference, id), readAll...)...)
-		return id, h.explained(err)
+		args = append(args, readAll...)
 	}
-	if _, err := h.containerd.Ctr(ctx, append(args, "--detach", reference, id)...); err != nil {
-		return id, h.explained(err)
+	if _, err = h.containerd.Ctr(ctx, args...); err == nil && !all && !s.ends() {
+		err = h.untilReady(ctx, id, s.ready)
 	}
-	return id, h.explained(h.untilAnswers(ctx, id))
+	return id, h.explained(err)
 }
 
 // runArgs are of ctr; runc's own state is for all containerds of a machine else.
@@ -83,17 +93,15 @@ func (h *host) explained(err error) error {
 	return fmt.Errorf("%w\nthe snapshotter's log ends with:\n%s", err, h.daemon.said())
 }
 
-// untilAnswers waits until the program of a running container gives the answer that
-// is right.
-func (h *host) untilAnswers(ctx context.Context, id string) error {
+// untilReady waits until the program of a running container is.
+func (h *host) untilReady(ctx context.Context, id string, ready func(context.Context) (bool, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, startPatience)
 	defer cancel()
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
 	looked := time.Now()
 	for {
-		done, err := answers(ctx, client)
+		done, err := ready(ctx)
 		if done || err != nil {
 			return err
 		}
@@ -109,34 +117,15 @@ func (h *host) untilAnswers(ctx context.Context, id string) error {
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("the program does not answer: %w", ctx.Err())
+			return fmt.Errorf("the program is not ready: %w", ctx.Err())
 		case <-tick.C:
 		}
 	}
 }
 
-func answers(ctx context.Context, client *http.Client) (bool, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, programURL, nil)
-	if err != nil {
-		return false, err
-	}
-	res, err := client.Do(req)
-	if err != nil {
-		return false, nil //nolint:nilerr // not yet
-	}
-	body, err := io.ReadAll(res.Body)
-	if err := errors.Join(err, res.Body.Close()); err != nil {
-		return false, err
-	}
-	if res.StatusCode != http.StatusOK || string(body) != "45" { // the sum of 0 to 9
-		return false, fmt.Errorf("the program answers %s: %.200q", res.Status, body)
-	}
-	return true, nil
-}
-
-// end removes a container.
-func (h *host) end(ctx context.Context, id string, all bool) error {
-	if !all {
+// end removes a container, whose program may have ended by itself.
+func (h *host) end(ctx context.Context, id string, ended bool) error {
+	if !ended {
 		if _, err := h.containerd.Ctr(ctx, "tasks", "rm", "--force", id); err != nil {
 			return err
 		}
@@ -147,9 +136,9 @@ func (h *host) end(ctx context.Context, id string, all bool) error {
 
 // measured runs one start, after a pull if there is to be one, and removes the
 // container again.
-func (b *bed) measured(ctx context.Context, h *host, v variant, image string, speed testbed.LinkSpeed) (s sample, err error) {
-	s = sample{Image: image, Variant: v.name, Rate: speed.String()}
-	reference := b.reference(image, v.form)
+func (b *bed) measured(ctx context.Context, h *host, v variant, image startable, speed testbed.LinkSpeed) (s sample, err error) {
+	s = sample{Image: image.name, Variant: v.name, Rate: speed.String()}
+	reference := b.reference(image.name, v.form)
 	used, err := h.cpu()
 	if err != nil {
 		return s, err
@@ -162,43 +151,52 @@ func (b *bed) measured(ctx context.Context, h *host, v variant, image string, sp
 	b.link.Shape(speed)
 	defer b.link.Shape(testbed.LinkSpeed{})
 	before := b.link.DeliveredBytes()
+	busy, err := machineCPU()
+	if err != nil {
+		return s, err
+	}
 	begin := time.Now()
 	if v.at == cold {
 		if err := h.pull(ctx, reference); err != nil {
 			return s, err
 		}
-		s.Pull = time.Since(begin)
+		s.PullSeconds = time.Since(begin).Seconds()
 	}
-	id, err := h.start(ctx, reference, v.all)
-	s.Start = time.Since(begin) - s.Pull
+	id, err := h.start(ctx, reference, image, v.all)
+	s.StartSeconds = time.Since(begin).Seconds() - s.PullSeconds
 	if err != nil {
 		return s, err
 	}
 	s.FetchedBytes = b.link.DeliveredBytes() - before
+	now, err := machineCPU()
+	if err != nil {
+		return s, err
+	}
+	s.MachineCPUSeconds = (now - busy).Seconds()
 	if v.system == accelNode {
-		if s.Misses, s.Waited, err = h.misses(ctx, reference); err != nil {
+		if err := h.told(ctx, reference, &s); err != nil {
 			return s, err
 		}
 	}
-	if s.DaemonCPU, err = h.cpu(); err != nil {
+	cpu, err := h.cpu()
+	if err != nil {
 		return s, err
 	}
-	s.DaemonCPU -= used
-	return s, h.end(ctx, id, v.all)
+	s.DaemonCPUSeconds = (cpu - used).Seconds()
+	return s, h.end(ctx, id, v.all || image.ends())
 }
 
 // coldRuns runs all cold variants at all rates, interleaved.
-func coldRuns(ctx context.Context, b *bed, s setting, image string, res *results) error {
-	chosen := s.chosen(func(v variant) bool { return v.at == cold })
+func coldRuns(ctx context.Context, b *bed, s setting, image startable, res *results) error {
 	for i := range s.runs {
-		for _, speed := range s.rates {
-			for _, v := range chosen {
-				fmt.Fprintf(os.Stderr, "run %d of %d, %s, %s: %s ... ", i+1, s.runs, image, speed, v.name)
+		for _, n := range s.networks() {
+			for _, v := range s.chosen(func(v variant) bool { return v.at == cold && n.wants(v) && !(v.all && image.ends()) }) {
+				fmt.Fprintf(os.Stderr, "run %d of %d, %s, %s: %s ... ", i+1, s.runs, image, n.speed, v.name)
 				h, err := b.startHost(ctx, v.system)
 				if err != nil {
 					return err
 				}
-				one, err := b.measured(ctx, h, v, image, speed)
+				one, err := b.measured(ctx, h, v, image, n.speed)
 				if err := errors.Join(err, h.close()); err != nil {
 					return fmt.Errorf("%s: %w", v.name, err)
 				}
@@ -210,7 +208,7 @@ func coldRuns(ctx context.Context, b *bed, s setting, image string, res *results
 }
 
 // warmRuns starts containers on hosts that have everything, interleaved.
-func warmRuns(ctx context.Context, b *bed, s setting, image string, res *results) (err error) {
+func warmRuns(ctx context.Context, b *bed, s setting, image startable, res *results) (err error) {
 	hosts := map[system]*host{}
 	defer func() {
 		for _, h := range hosts {
@@ -228,7 +226,7 @@ func warmRuns(ctx context.Context, b *bed, s setting, image string, res *results
 			return err
 		}
 		hosts[v.system] = h
-		if err := b.makeWarm(ctx, h, b.reference(image, v.form)); err != nil {
+		if err := b.makeWarm(ctx, h, image, v.form); err != nil {
 			return fmt.Errorf("%s: %w", v.name, err)
 		}
 	}
@@ -255,14 +253,18 @@ func warmRuns(ctx context.Context, b *bed, s setting, image string, res *results
 }
 
 // makeWarm brings all of an image onto a host, and starts it once.
-func (b *bed) makeWarm(ctx context.Context, h *host, reference string) error {
+func (b *bed) makeWarm(ctx context.Context, h *host, image startable, f form) error {
 	b.link.Shape(testbed.LinkSpeed{})
+	reference := b.reference(image.name, f)
 	if err := h.pull(ctx, reference); err != nil {
 		return err
 	}
 	for _, all := range []bool{true, false} {
-		id, err := h.start(ctx, reference, all)
-		if err := errors.Join(err, h.end(ctx, id, all)); err != nil {
+		id, err := h.start(ctx, reference, image, all)
+		if err == nil {
+			err = h.end(ctx, id, all || image.ends())
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -284,15 +286,20 @@ func (b *bed) untilQuiet(ctx context.Context) error {
 	return nil
 }
 
-// misses of an image, as the node tells them.
-func (h *host) misses(ctx context.Context, reference string) (n int64, waited time.Duration, err error) {
+// told adds to a sample what the node tells of the image.
+func (h *host) told(ctx context.Context, reference string, s *sample) error {
 	client := node.NewClient(filepath.Join(h.dir, "node.sock"))
 	defer client.Close()
 	images, err := client.Mounted(ctx)
 	for _, m := range images {
-		if m.Image == reference {
-			n, waited = n+m.Misses, waited+m.Waited
+		if m.Image != reference {
+			continue
+		}
+		s.Misses += m.Misses
+		s.WaitedSeconds += m.Waited.Seconds()
+		if m.Ahead != nil {
+			s.AheadBytes += m.Ahead.PlannedBytes
 		}
 	}
-	return n, waited, err
+	return err
 }

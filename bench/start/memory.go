@@ -27,8 +27,9 @@ const (
 // memorySample is what the daemons of a host have resident, anonymous, with all images
 // mounted and nothing going on.
 type memorySample struct {
-	system           system
-	daemonMB, restMB float64 // the snapshotter itself; what it has left to live by itself
+	System   system  `json:"system"`
+	DaemonMB float64 `json:"daemonMB"` // the snapshotter itself
+	RestMB   float64 `json:"restMB"`   // what it has left to live by itself
 }
 
 // memoryRuns measures the lazy systems that are among the chosen variants.
@@ -50,7 +51,7 @@ func memoryRuns(ctx context.Context, b *bed, s setting, res *results) error {
 		if err := b.push(ctx, img, b.reference(name, plainForm)); err != nil {
 			return err
 		}
-		if err := b.accelerate(ctx, img, name); err != nil {
+		if err := b.accelerate(ctx, img, startable{name: name}, nil); err != nil {
 			return err
 		}
 	}
@@ -73,7 +74,7 @@ func memoryImage(i int) string { return fmt.Sprint("memory-", i) }
 
 // memoryOf pulls all images onto one host.
 func (b *bed) memoryOf(ctx context.Context, s system) (m memorySample, err error) {
-	m.system = s
+	m.System = s
 	h, err := b.startHost(ctx, s)
 	if err != nil {
 		return m, err
@@ -101,9 +102,9 @@ func (b *bed) memoryOf(ctx context.Context, s system) (m memorySample, err error
 			return m, err
 		}
 		if i == 0 {
-			m.daemonMB = mb
+			m.DaemonMB = mb
 		} else {
-			m.restMB += mb
+			m.RestMB += mb
 		}
 	}
 	return m, nil

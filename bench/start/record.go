@@ -26,7 +26,7 @@ type recording struct {
 
 // record starts the plain image once, with a cold page cache, until its program
 // answers. The stock optimiser records the same events.
-func (b *bed) record(ctx context.Context, image string, src v1.Image) (r recording, err error) {
+func (b *bed) record(ctx context.Context, s startable, src v1.Image) (r recording, err error) {
 	cfg, err := src.ConfigFile()
 	if err != nil {
 		return r, err
@@ -36,7 +36,7 @@ func (b *bed) record(ctx context.Context, image string, src v1.Image) (r recordi
 		return r, err
 	}
 	defer func() { err = errors.Join(err, h.close()) }()
-	reference := b.reference(image, plainForm)
+	reference := b.reference(s.name, plainForm)
 	if err := h.pull(ctx, reference); err != nil {
 		return r, err
 	}
@@ -63,18 +63,23 @@ func (b *bed) record(ctx context.Context, image string, src v1.Image) (r recordi
 	}
 	defer func() { err = errors.Join(err, w.close()) }()
 	id := newID()
-	args := append(h.runArgs(), "--detach", "--rootfs")
+	args := append(h.runArgs(), "--rootfs")
+	if !s.ends() {
+		args = append(args, "--detach")
+	}
 	for _, e := range cfg.Config.Env {
 		args = append(args, "--env", e)
 	}
 	if _, err := h.containerd.Ctr(ctx, append(append(args, root, id), cfg.Config.Cmd...)...); err != nil {
 		return r, err
 	}
-	if err := h.untilAnswers(ctx, id); err != nil {
-		return r, err
+	if !s.ends() {
+		if err := h.untilReady(ctx, id, s.ready); err != nil {
+			return r, err
+		}
 	}
 	r.files, err = w.stop()
-	if err := errors.Join(err, h.end(ctx, id, false)); err != nil {
+	if err := errors.Join(err, h.end(ctx, id, s.ends())); err != nil {
 		return r, err
 	}
 	for _, name := range r.files {

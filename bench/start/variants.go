@@ -4,11 +4,17 @@ package main
 type form string
 
 const (
-	plainForm     form = "plain"         // as it was built, gzip layers
-	stockForm     form = "stock"         // eStargz by the stock library at its defaults
-	optimisedForm form = "optimised"     // that, with what a start was recorded to read in front
-	accelForm     form = "plain+mapping" // plain, and beside it accel's conversion with its signed mapping
+	plainForm     form = "plain"     // as it was built, gzip layers
+	stockForm     form = "stock"     // eStargz by the stock library at its defaults
+	optimisedForm form = "optimised" // that, with what a start was recorded to read in front
+	// Forms of accel have the name of the plain one, each in a repository of its own: beside
+	// the image lies accel's conversion with its signed mapping, and a profile.
+	accelForm     form = "mapping"
+	predictedForm form = "mapping+predicted" // the profile that comes of the files alone
+	recordedForm  form = "mapping+recorded"  // the profile of one start that a node has recorded
 )
+
+func (f form) ofAccel() bool { return f == accelForm || f == predictedForm || f == recordedForm }
 
 // A system gives containerd its snapshots.
 type system string
@@ -36,10 +42,13 @@ type variant struct {
 	system system
 	form   form
 	at     moment
-	all    bool // the program reads every file and ends; else it answers by HTTP
+	all    bool // another program is started instead, which reads every file and ends; over the first network only
 }
 
 func (v variant) String() string { return v.name }
+
+// isPeer reports whether v is somebody else's cold start.
+func (v variant) isPeer() bool { return v.at == cold && !v.all && v.system != accelNode }
 
 // variants run in this order, round after round.
 var variants = []variant{
@@ -49,7 +58,8 @@ var variants = []variant{
 	{name: "stargz-optimised", note: "recorded and prioritised image, default settings", system: stargz, form: optimisedForm},
 	{name: "stargz-optimised-tuned", note: "recorded and prioritised image, settings as for stargz", system: stargzTuned, form: optimisedForm},
 	{name: "accel", note: "plain name, no profile", system: accelNode, form: accelForm},
-	// accel-profile, with the profile that earlier starts have left, will stand here.
+	{name: "accel-predicted", note: "plain name, profile predicted from the image's files", system: accelNode, form: predictedForm},
+	{name: "accel-profile", note: "plain name, profile of one recorded start", system: accelNode, form: recordedForm},
 	{name: "overlayfs-all", note: "full pull, then reads every file", system: overlayfs, form: plainForm, all: true},
 	{name: "stargz-all", note: "reads every file; settings as for stargz", system: stargzTuned, form: stockForm, all: true},
 	{name: "accel-all", note: "reads every file", system: accelNode, form: accelForm, all: true},

@@ -47,7 +47,7 @@ var may = map[string][]string{
 	"accel/bench/report":        {},
 	"accel/bench/convert":       {"accel/convert", "accel/bench/report", "accel/internal/debimage"},
 	"accel/bench/node":          {"accel", "accel/cache", "accel/bench/report", "accel/internal/testbed"},
-	"accel/bench/start":         {"accel", "accel/convert", "accel/registry", "accel/trust", "accel/bench/report", "accel/internal/debimage", "accel/internal/testbed", "accel/node"},
+	"accel/bench/start":         {"accel", "accel/convert", "accel/profile", "accel/profile/artifact", "accel/registry", "accel/trust", "accel/bench/report", "accel/internal/debimage", "accel/internal/testbed", "accel/node"},
 	"accel/bench/serve":         {"accel", "accel/readiness", "accel/readiness/boltstore", "accel/convert", "accel/api", "accel/bench/report", "accel/internal/debimage"},
 }
 
