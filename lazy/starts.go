@@ -51,8 +51,8 @@ type Start struct {
 	MissBytes     int64         `json:"missBytes"`
 	DemandedBytes int64         `json:"demandedBytes"`
 	Waited        time.Duration `json:"waitedNs"`
-	Ahead     *Ahead        `json:"ahead,omitempty" doc:"what was fetched ahead of it"`
-	Problem   string        `json:"problem,omitempty" doc:"why nothing came of the recording"`
+	Ahead         *Ahead        `json:"ahead,omitempty" doc:"what was fetched ahead of it"`
+	Problem       string        `json:"problem,omitempty" doc:"why nothing came of the recording"`
 }
 
 // Is reports whether it is the start of a container, by its ID.
