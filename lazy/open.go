@@ -58,7 +58,7 @@ func (l *Lazy) openLayer(ctx context.Context, d digest.Digest, said *origin) err
 		return err
 	}
 	stored.Use()
-	return l.add(d, stored, o)
+	return l.add(d, stored, o, said != nil)
 }
 
 // knownOrigin joins what is said of a layer with what is known, and keeps it.
@@ -135,8 +135,8 @@ func (l *Lazy) fetchTOC(ctx context.Context, d digest.Digest, o origin) (packed,
 	return nil, nil, 0, err
 }
 
-// add gives an open layer to the mounts and to what fills them. The caller holds the layer's lock.
-func (l *Lazy) add(d digest.Digest, stored *cache.Layer, o origin) error {
+// add gives an open layer to the mounts and to what fills them, held until it is released. The caller holds the layer's lock.
+func (l *Lazy) add(d digest.Digest, stored *cache.Layer, o origin, held bool) error {
 	f, has := stored.Files(), stored.Has()
 	layer, err := l.host.Add(d, lazyfs.Files{Meta: f.Meta, Table: f.Table, Data: f.Data}, has)
 	if err != nil {
@@ -148,6 +148,7 @@ func (l *Lazy) add(d digest.Digest, stored *cache.Layer, o origin) error {
 	l.mu.Unlock()
 	err = l.filler.Add(prefetch.Layer{
 		Content: layer, Source: &source{l, y, d}, Host: o.host(),
+		Held:      held,
 		Persisted: has,
 		Reserve:   stored.Reserve,
 		Persist:   stored.Commit,

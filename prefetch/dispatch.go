@@ -13,9 +13,6 @@ const (
 	leastBackgroundBytes = 1 << 20
 	mostBackgroundBytes  = 16 << 20
 	backgroundParts      = 8
-	// settleTime is how long the background leaves a new layer alone: what its image's start will read is being looked
-	// for, and would come behind megabytes that are on their way by then.
-	settleTime = 500 * time.Millisecond
 	// idleTime: after it, it is looked whether Content has lost chunks.
 	idleTime = 30 * time.Second
 )
@@ -41,7 +38,7 @@ func (f *Filler) launch(now time.Time) time.Duration {
 	defer f.mu.Unlock()
 	wait := idleTime
 	for _, l := range f.list {
-		if pause := max(l.pausedUntil.Sub(now), l.settledAt.Sub(now)); pause > 0 && l.Content.Left() > 0 {
+		if pause := l.pausedUntil.Sub(now); pause > 0 && l.Content.Left() > 0 {
 			wait = min(wait, pause)
 		}
 	}
@@ -68,7 +65,7 @@ func (f *Filler) launchBackground(now time.Time) bool {
 		if l.link.active(now) {
 			connections = min(connections, activeConnections)
 		}
-		if l.link.flying[background] >= connections || now.Before(l.pausedUntil) || now.Before(l.settledAt) || l.Content.Left() == 0 {
+		if l.link.flying[background] >= connections || now.Before(l.pausedUntil) || l.Content.Left() == 0 || l.Held || f.hot.waits(l.link, now) {
 			continue
 		}
 		if l.unranged && len(l.flights) > 0 {

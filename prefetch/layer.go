@@ -82,7 +82,7 @@ func newLayer(given Layer) (*layer, error) {
 	if given.Content == nil || given.Source == nil {
 		return nil, fmt.Errorf("%w: a layer needs content and a source", accel.ErrInvalid)
 	}
-	l := &layer{Layer: given, digest: given.Content.Digest(), n: given.Content.Len(), waiters: map[*waiter]struct{}{}, settledAt: time.Now().Add(settleTime)}
+	l := &layer{Layer: given, digest: given.Content.Digest(), n: given.Content.Len(), waiters: map[*waiter]struct{}{}}
 	if l.n < 0 || l.n > maxChunks {
 		return nil, fmt.Errorf("%w: layer %s has %d chunks, more than %d", accel.ErrInvalid, l.digest, l.n, maxChunks)
 	}

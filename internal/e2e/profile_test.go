@@ -35,6 +35,10 @@ import (
 // onDemand keeps the background from bringing everything before the program asks for it.
 const onDemand = "  background: 1KB"
 
+// lackingBytes of the blobs may be fetched because a read missed them, where a good profile is fetched ahead: some chunks that it
+// lacks, and what lies near. Without a profile it is a megabyte or more.
+const lackingBytes = 300_000
+
 // pyContainer is where the tests here start debimage.PyWeb.
 const pyContainer = "web"
 
@@ -172,9 +176,11 @@ func TestProfilesCloseTheLoop(t *testing.T) {
 	if second.Ahead == nil || second.Ahead.Origin != accel.ProfileRecorded {
 		t.Fatalf("the recording was not fetched ahead of the second start: %+v\n%s", second, b.node.log)
 	}
-	if second.MissBytes > max(first.MissBytes, 100_000) || second.Misses > max(first.Misses, 3) {
-		t.Errorf("%d reads waited for %d bytes, with a prediction %d for %d", second.Misses, second.MissBytes, first.Misses, first.MissBytes)
+	// A read may still wait for what is on its way.
+	if second.DemandedBytes > max(first.DemandedBytes, lackingBytes) {
+		t.Errorf("the recording lacked %d bytes, the prediction %d", second.DemandedBytes, first.DemandedBytes)
 	}
+	t.Logf("demanded %d, then %d", first.DemandedBytes, second.DemandedBytes)
 	if a := second.Ahead; a.UsedBytes < 9*second.Bytes/10 || a.VainBytes > a.UsedBytes/2 {
 		t.Errorf("of %d bytes that were read, %d had been fetched ahead, and %d in vain", second.Bytes, a.UsedBytes, a.VainBytes)
 	}
@@ -184,7 +190,7 @@ func TestProfilesCloseTheLoop(t *testing.T) {
 		packed += n
 	}
 	if most := second.Ahead.PlannedBytes + 8<<20; packed > most {
-		t.Errorf("the registry delivered %d bytes for a plan of %d bytes of content", packed, second.Ahead.PlannedBytes)
+		t.Errorf("the registry delivered %d bytes for a plan of %d bytes of content\n%v\n%s", packed, second.Ahead.PlannedBytes, b.reg.Delivered().Blobs, b.node.metrics())
 	}
 	if said := b.node.accel("ps"); !strings.Contains(said, "(recorded)") {
 		t.Errorf("accel ps does not tell of the profile: %s", said)
@@ -219,8 +225,8 @@ func TestProfileFromTheRegistryAlone(t *testing.T) {
 	if second.Ahead == nil || second.Ahead.From != "node" || second.Ahead.Origin != accel.ProfileRecorded {
 		t.Fatalf("the node's own recording was not fetched ahead: %+v\n%s", second, b.node.log)
 	}
-	if second.MissBytes > max(first.MissBytes, 100_000) || second.Misses > max(first.Misses, 3) {
-		t.Errorf("%d reads waited for %d bytes, the first time %d for %d", second.Misses, second.MissBytes, first.Misses, first.MissBytes)
+	if second.DemandedBytes > max(first.DemandedBytes, lackingBytes) {
+		t.Errorf("the node's own recording lacked %d bytes, the registry's profile %d", second.DemandedBytes, first.DemandedBytes)
 	}
 }
 
@@ -515,8 +521,8 @@ func TestWarmBringsTheHotSet(t *testing.T) {
 	}
 	b.reg.Reset()
 	start := b.recordedStart(ref)
-	if start.Misses > 5 || start.MissBytes > 200_000 {
-		t.Errorf("after a warm, %d reads waited for %d bytes", start.Misses, start.MissBytes)
+	if start.DemandedBytes > lackingBytes {
+		t.Errorf("after a warm, %d reads waited for %d bytes", start.Misses, start.DemandedBytes)
 	}
 	b.wipe(ref)
 	_, err := b.server.client.RemoveProfile(t.Context(), manifest)
