@@ -521,8 +521,9 @@ func TestWarmBringsTheHotSet(t *testing.T) {
 	}
 	b.reg.Reset()
 	start := b.recordedStart(ref)
-	if start.DemandedBytes > lackingBytes {
-		t.Errorf("after a warm, %d reads waited for %d bytes", start.Misses, start.DemandedBytes)
+	// What the prediction has not foretold; nothing is on its way any more.
+	if start.Misses > 8 || start.MissBytes > 500_000 {
+		t.Errorf("after a warm, %d reads waited for %d bytes", start.Misses, start.MissBytes)
 	}
 	b.wipe(ref)
 	_, err := b.server.client.RemoveProfile(t.Context(), manifest)
