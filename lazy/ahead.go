@@ -143,7 +143,9 @@ func profileLayer(d digest.Digest, f cache.LayerFiles, t *lazyfs.Table) (*profil
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", d, err)
 	}
-	return profile.NewLayer(d, toc, t)
+	return profile.NewLayerOf(d, func(do func(profile.TOCEntry) error) error {
+		return lazyfs.EachEntry(toc, func(e lazyfs.Entry) error { return do(profile.TOCEntry(e)) })
+	}, t)
 }
 
 // used compares the plan with what a start has read.

@@ -35,9 +35,9 @@ import (
 // onDemand keeps the background from bringing everything before the program asks for it.
 const onDemand = "  background: 1KB"
 
-// lackingBytes of the blobs may be fetched because a read missed them, where a good profile is fetched ahead: some chunks that it
-// lacks, and what lies near. Without a profile it is a megabyte or more.
-const lackingBytes = 300_000
+// lackingBytes of the blobs may be fetched because reads missed them, where a good profile is fetched ahead: by the first read, which
+// may come before the plan is made and then brings what lies near, and some chunks. Without a profile it is more than twice that.
+const lackingBytes = 2<<20 + 400_000
 
 // pyContainer is where the tests here start debimage.PyWeb.
 const pyContainer = "web"
@@ -521,8 +521,9 @@ func TestWarmBringsTheHotSet(t *testing.T) {
 	}
 	b.reg.Reset()
 	start := b.recordedStart(ref)
-	if start.DemandedBytes > lackingBytes {
-		t.Errorf("after a warm, %d reads waited for %d bytes", start.Misses, start.DemandedBytes)
+	// What the prediction has not foretold; nothing is on its way any more.
+	if start.Misses > 8 || start.MissBytes > 500_000 {
+		t.Errorf("after a warm, %d reads waited for %d bytes", start.Misses, start.MissBytes)
 	}
 	b.wipe(ref)
 	_, err := b.server.client.RemoveProfile(t.Context(), manifest)
