@@ -137,7 +137,7 @@ func main() {
 			fmt.Println("asked", c)
 			request := make([]byte, 4096)
 			syscall.Read(c, request)
-			syscall.Write(c, []byte("HTTP/1.0 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\n45"))
+			syscall.Write(c, []byte("HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\n45"))
 			syscall.Close(c)
 		}
 	}
