@@ -45,7 +45,6 @@ type layer struct {
 	toldFailed time.Time // when a failed read was logged last
 	touched    uint64    // Filler.touches at its last miss
 	cursor     int       // where the background goes on
-	settledAt  time.Time // the background begins
 	// Until pausedUntil nothing is fetched that nobody waits for; failures doubles the next pause.
 	pausedUntil time.Time
 	failures    int
