@@ -225,6 +225,7 @@ func (f *Filler) Add(given Layer) error {
 	l.idle = sync.NewCond(&f.mu)
 	l.link = f.linkOf(given.Host)
 	l.link.layers++
+	l.link.starting = time.Now().Add(startTime)
 	f.layers[l.digest] = l
 	f.list = append(f.list, l)
 	kick(f.dispatching)

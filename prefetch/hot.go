@@ -75,6 +75,7 @@ func (f *Filler) Hot(ctx context.Context, pieces []Piece) error {
 		if l.hot == nil {
 			l.hot = make([]uint64, (l.members+63)/64)
 		}
+		l.link.starting = time.Now().Add(startTime)
 		for i := from; i < to; i++ {
 			m := l.memberOf(i)
 			if l.hot[m/64]&(1<<(m%64)) != 0 {

@@ -48,6 +48,9 @@ const (
 	// behind what is on its way by then; and the program wants the processors that inflating takes.
 	activeTime        = 500 * time.Millisecond
 	activeConnections = 1
+	// startTime after a layer was added, or its hot set was asked for, counts as active too: a program is about to start, and
+	// where nothing of what it reads is missing, it is the processors that it wants.
+	startTime = 10 * time.Second
 )
 
 // link is one host: its connections and what was measured. Filler.mu guards all but the channels and semaphores.
@@ -60,7 +63,8 @@ type link struct {
 	delivering [kinds]int    // of flying: the first byte is here; but for those that are only read on because somebody joined
 	calm       chan struct{} // closed when a kind delivers no more
 
-	missed time.Time // the last miss
+	missed   time.Time // the last miss
+	starting time.Time // until then a program may be starting
 
 	latency  time.Duration // from request to first byte; 0: not known
 	rate     float64       // bytes a second over one connection; 0: not known
@@ -160,7 +164,9 @@ func (k *link) patience(most time.Duration) time.Duration {
 }
 
 // active reports whether programs are missing things just now, or what they will want is on its way.
-func (k *link) active(now time.Time) bool { return now.Sub(k.missed) < activeTime || k.flying[hot] > 0 }
+func (k *link) active(now time.Time) bool {
+	return now.Sub(k.missed) < activeTime || k.flying[hot] > 0 || now.Before(k.starting)
+}
 
 // deliver counts a flight among those that deliver, or no more.
 func (k *link) deliver(of kind, n int) {
