@@ -199,7 +199,7 @@ func (b *bed) measured(ctx context.Context, h *host, v variant, image startable,
 func coldRuns(ctx context.Context, b *bed, s setting, image startable, res *results) error {
 	for i := range s.runs {
 		for _, n := range s.networks() {
-			for _, v := range s.chosen(func(v variant) bool { return v.at == cold && n.wants(v) && !(v.all && image.ends()) }) {
+			for _, v := range s.chosen(func(v variant) bool { return v.at == cold && n.wants(v) && (!v.all || !image.ends()) }) {
 				fmt.Fprintf(os.Stderr, "run %d of %d, %s, %s: %s ... ", i+1, s.runs, image, n.speed, v.name)
 				h, err := b.startHost(ctx, v.system)
 				if err != nil {

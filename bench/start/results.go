@@ -94,7 +94,8 @@ func note(samples []sample, how string) string {
 
 // write keeps everything in runsFile.
 func (r *results) write() error {
-	lines := []line{{About: &r.about}}
+	lines := make([]line, 0, 1+len(r.hot)+len(r.samples)+len(r.memory))
+	lines = append(lines, line{About: &r.about})
 	for i := range r.hot {
 		lines = append(lines, line{Hot: &r.hot[i]})
 	}
