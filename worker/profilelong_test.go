@@ -9,9 +9,13 @@ import (
 	"accel"
 	"accel/internal/debimage"
 	"accel/profile"
+	"accel/readiness"
+	"accel/registry"
+	"accel/worker"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // TestPredictionOfARealImage converts a Debian image with Python, once with all its layers at
@@ -27,7 +31,8 @@ func TestPredictionOfARealImage(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			img, err := make()
 			must(t, err)
-			b := newProfileBed(t)
+			metrics := prometheus.NewRegistry()
+			b := newProfileBed(t, func(_ *bed, _ *readiness.Options, _ *registry.Options, o *worker.Options) { o.Registerer = metrics })
 			for n, tag := range []string{"v1", "v2"} {
 				if n > 0 {
 					img, err = mutate.AppendLayers(img, layerOf(t, map[string]string{"etc/new": "1"}))
@@ -50,6 +55,13 @@ func TestPredictionOfARealImage(t *testing.T) {
 				must(t, err)
 				encoded, err := profile.Encode(p)
 				must(t, err)
+				took, err := metrics.Gather()
+				must(t, err)
+				for _, m := range took {
+					if m.GetName() == "accel_profile_prediction_seconds" {
+						t.Logf("%s: predictions took %.2f s until now", tag, m.Metric[0].Histogram.GetSampleSum())
+					}
+				}
 				t.Logf("%s: encoded in %d bytes, packed %d, manifest of the artifact %d", tag, len(encoded), len(profile.Pack(encoded)), desc.Size)
 			}
 		})

@@ -44,11 +44,11 @@ func (s *state) compose() error {
 func (s *state) standing(withListed bool) (p accel.Profile, ok bool) {
 	sum := s.summary(partSummary)
 	var others []accel.Profile
-	recorded := sum.Reports() > 0
-	if recorded {
-		p, ok = sum.Profile(profile.DefaultShare), true
+	if sum.Reports() > 0 {
+		p = sum.Profile(profile.DefaultShare)
+		ok = len(p.Items) > 0 // else the starts have nothing in common
 	}
-	if sum.Complete() == 0 {
+	if sum.Complete() == 0 || !ok {
 		for _, k := range []kind{partImported, partInherited, partPredicted} {
 			given, known := s.profile(k)
 			if !known {
@@ -102,7 +102,7 @@ func (s *state) plan(p accel.Profile, ok bool) {
 		if s.anyArtifact() {
 			due = soon
 		}
-	case !is, rank(p.Origin) > rank(published.Origin), material(p, published):
+	case !is, rank(p.Origin) != rank(published.Origin), material(p, published):
 		due = soon
 	case profile.Version(p) != s.row.Published:
 		// The wait is counted from the first such change.

@@ -26,6 +26,6 @@
 // # Publication
 //
 // A profile is due to be published when there is none yet, or the published one is of
-// lesser origin or foretells the new one badly: then at most once a minute. Any other
+// another origin or foretells the new one badly: then at most once a minute. Any other
 // change waits until an hour has passed; so what is published in the end is what stands.
 package ledger

@@ -235,7 +235,7 @@ func (l *Ledger) Learn(ctx context.Context, manifest digest.Digest, at Image, la
 
 // learnPlace adds a place, or brings it up to date; the oldest makes room.
 func (s *state) learnPlace(at Image) {
-	known := slices.IndexFunc(s.row.Places, func(p place) bool { return p.Repository == at.Repository && p.Image.Digest == at.Digest })
+	known := slices.IndexFunc(s.row.Places, func(p place) bool { return p.Repository == at.Repository && p.Digest == at.Digest })
 	if known >= 0 {
 		p := &s.row.Places[known]
 		if p.Target != at.Target {
@@ -263,7 +263,7 @@ func (l *Ledger) Leave(ctx context.Context, repository string, image digest.Dige
 	}
 	for _, m := range manifests {
 		err := l.change(ctx, m, false, func(s *state) error {
-			s.row.Places = slices.DeleteFunc(s.row.Places, func(p place) bool { return p.Repository == repository && p.Image.Digest == image })
+			s.row.Places = slices.DeleteFunc(s.row.Places, func(p place) bool { return p.Repository == repository && p.Digest == image })
 			s.touched = true
 			return nil
 		})

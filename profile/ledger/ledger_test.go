@@ -149,6 +149,9 @@ func TestHostileReports(t *testing.T) {
 	}
 	b.expect("a", accel.ProfilePredicted, "0:bin/a:0:10")
 
+	b.report(report("a", 500, "n", nil)) // a start that read nothing is no start
+	b.expect("a", accel.ProfilePredicted, "0:bin/a:0:10")
+
 	// One node that says what it likes has a bounded share, and what it names is bounded.
 	for n := range 200 {
 		b.report(report("a", n, "hostile", items(t, fmt.Sprintf("1:huge%d:0:%d", n%3, int64(1)<<40), "400:no/such/layer:0:10")))

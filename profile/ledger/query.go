@@ -82,7 +82,7 @@ func (l *Ledger) OfImage(ctx context.Context, image digest.Digest) (all []Manife
 		return l.eachOf(bt, image, func(r *row) {
 			s := ManifestStatus{Manifest: r.Manifest, Foretold: r.Foretold, Status: r.status()}
 			for _, p := range r.Places {
-				if p.Image.Digest == image {
+				if p.Digest == image {
 					s.Platform = p.Platform
 				}
 			}

@@ -150,7 +150,7 @@ func lines(r *row) []line {
 	}
 	images, repositories := map[string]bool{}, map[string]bool{}
 	for _, p := range r.Places {
-		image := string(hash(p.Image.Digest.String())) + r.Manifest.String()
+		image := string(hash(p.Digest.String())) + r.Manifest.String()
 		if !images[image] {
 			images[image] = true
 			all = append(all, line{string(bucketByImage), image})

@@ -45,16 +45,17 @@ func (l *Ledger) Report(ctx context.Context, r profile.Report) (receipt Receipt,
 	err = l.change(ctx, r.Manifest, false, func(s *state) error {
 		receipt, coverage = Receipt{}, -1
 		if !s.first(r) {
-			receipt = Receipt{Duplicate: true, WantMore: s.wantMore()}
+			receipt = Receipt{Duplicate: true, WantMore: s.wantMore(false)}
 			return nil
 		}
 		r.Items = s.inImage(r.Items)
 		s.used()
 		coverage = s.measure(r)
-		if err := s.take(r, coverage); err != nil {
+		changed, err := s.take(r, coverage)
+		if err != nil {
 			return err
 		}
-		receipt.WantMore = s.wantMore()
+		receipt.WantMore = s.wantMore(changed)
 		return nil
 	})
 	switch {
@@ -102,7 +103,7 @@ func (s *state) measure(r profile.Report) (share float64) {
 		}
 	}
 	served, ok := s.profile(partServed)
-	if !r.Complete || !ok {
+	if !r.Complete || !ok || len(r.Items) == 0 {
 		return -1
 	}
 	c := profile.Coverage(accel.Profile{Items: r.Items}, served)
@@ -117,24 +118,27 @@ func (s *state) measure(r profile.Report) (share float64) {
 	return share
 }
 
-// take adds the report to the sample, looks for new use, and composes the profile anew.
-func (s *state) take(r profile.Report, share float64) error {
+// take adds the report to the sample, looks for new use, and composes the profile anew where
+// that changed the sample.
+func (s *state) take(r profile.Report, share float64) (changed bool, err error) {
 	s.touched = true
+	if len(r.Items) == 0 {
+		return false, nil // every start reads something: this one was not seen
+	}
 	settled := s.row.Starts.Complete >= enoughStarts
 	suspect := settled && share >= 0 && share < badShare
 	if bar := s.row.Starts.Bar; !suspect && bar != "" && profile.Rank(r) > bar {
 		s.forgetNext()
-		return nil // most reports of an image that many nodes start
+		return false, nil // most reports of an image that many nodes start
 	}
 	sum := s.summary(partSummary)
-	changed, err := sum.Add(r)
-	if err != nil {
-		return fmt.Errorf("report of a start: %w", err)
+	if changed, err = sum.Add(r); err != nil {
+		return false, fmt.Errorf("report of a start: %w", err)
 	}
 	if suspect {
 		next := s.summary(partNext)
 		if _, err := next.Add(r); err != nil {
-			return err
+			return false, err
 		}
 		if s.takesOver(next, sum) {
 			s.l.o.Log.Info("an image is used in another way; its profile is recorded anew", "manifest", s.row.Manifest, "coverage", s.row.Starts.Share)
@@ -145,10 +149,10 @@ func (s *state) take(r profile.Report, share float64) error {
 		s.forgetNext()
 	}
 	if !changed {
-		return nil
+		return false, nil
 	}
 	s.setSummary(partSummary, sum)
-	return s.compose()
+	return true, s.compose()
 }
 
 // forgetNext drops the suspicion of new use when starts are foretold well.
@@ -167,10 +171,11 @@ func (s *state) takesOver(next, sum *profile.Summary) bool {
 	return next.Cover(next.Profile(profile.DefaultShare)).Share() >= old+betterShare
 }
 
-// wantMore says whether the sample would gain by more starts.
-func (s *state) wantMore() bool {
+// wantMore says whether the sample would gain by more starts of a node whose report changed it, or
+// did not: that one has its share in it.
+func (s *state) wantMore(changed bool) bool {
+	_, written := s.fresh[partNext]
+	suspected := s.fresh[partNext] != nil || (!written && s.had[partNext] != nil)
 	f := s.row.Starts
-	_, changed := s.fresh[partNext]
-	suspected := s.fresh[partNext] != nil || (!changed && s.had[partNext] != nil)
-	return f.Complete < enoughStarts || f.Kept < profile.MaxReports || suspected
+	return f.Complete < enoughStarts || suspected || (changed && f.Kept < profile.MaxReports)
 }
