@@ -36,7 +36,6 @@ type Ahead struct {
 // wave is the plan of one image.
 type wave struct {
 	Ahead
-	at     time.Time
 	chunks map[digest.Digest][]span // by layer
 }
 
@@ -55,6 +54,7 @@ func (l *Lazy) fetchAhead(ctx context.Context, img *image, answer <-chan found) 
 	if f.from == "" || ctx.Err() != nil {
 		return
 	}
+	began := time.Now()
 	var w *wave
 	var pieces []prefetch.Piece
 	err := guarded(func() (err error) {
@@ -72,7 +72,7 @@ func (l *Lazy) fetchAhead(ctx context.Context, img *image, answer <-chan found) 
 	}
 	img.wave.Store(w)
 	l.metrics.planned(w)
-	l.o.Log.Debug("fetching ahead what the start of an image reads", "image", img.name, "from", w.From, "origin", w.Origin, "bytes", w.PlannedBytes, "ranges", w.Requests)
+	l.o.Log.Debug("fetching ahead what the start of an image reads", "image", img.name, "from", w.From, "origin", w.Origin, "bytes", w.PlannedBytes, "ranges", w.Requests, "took", time.Since(began))
 }
 
 // plan turns a profile's files into chunks. Layers that it does not name, and those that are complete, need not be
@@ -98,7 +98,7 @@ func (l *Lazy) plan(img *image, f found) (*wave, []prefetch.Piece, error) {
 		if err != nil {
 			return nil, nil, err
 		}
-		defer t.Close() // only mapped to read
+		defer func() { _ = t.Close() }() // only mapped to read
 		contentBytes += t.DataBytes()
 		if !named[n] || open[n].Complete() {
 			continue
@@ -112,8 +112,8 @@ func (l *Lazy) plan(img *image, f found) (*wave, []prefetch.Piece, error) {
 		limits.HotBytes = max(contentBytes/2, untrustedBytes)
 	}
 	w := &wave{
-		Ahead: Ahead{From: f.from, Origin: f.Origin, Version: profile.Version(f.Profile)},
-		at:    time.Now(), chunks: map[digest.Digest][]span{},
+		Ahead:  Ahead{From: f.from, Origin: f.Origin, Version: profile.Version(f.Profile)},
+		chunks: map[digest.Digest][]span{},
 	}
 	var pieces []prefetch.Piece
 	for _, r := range profile.Plan(f.Profile, layers, limits) {
@@ -143,7 +143,9 @@ func profileLayer(d digest.Digest, f cache.LayerFiles, t *lazyfs.Table) (*profil
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", d, err)
 	}
-	return profile.NewLayer(d, toc, t)
+	return profile.NewLayerOf(d, func(do func(profile.TOCEntry) error) error {
+		return lazyfs.EachEntry(toc, func(e lazyfs.Entry) error { return do(profile.TOCEntry(e)) })
+	}, t)
 }
 
 // used compares the plan with what a start has read.

@@ -39,6 +39,8 @@ const (
 	maxAnswers = 1024
 	// opening layers at a time: a TOC of 30,000 files takes some 40 MB while its files are made.
 	openings = 4
+	// heldTime is how long the background waits for what is to be fetched ahead.
+	heldTime = time.Second
 	// idleTime is how long a layer that was prepared, and is not mounted, stays open.
 	idleTime = 2 * time.Minute
 )
@@ -198,7 +200,7 @@ func (l *Lazy) adopt(ctx context.Context, d digest.Digest) error {
 	if err != nil {
 		return err
 	}
-	return l.add(d, stored, o)
+	return l.add(d, stored, o, false)
 }
 
 // Run serves mounts and fills them until ctx ends. Mounts and the holder stay.
@@ -317,10 +319,12 @@ func (l *Lazy) ask(key imageKey, name string) (*answer, error) {
 		defer close(a.done)
 		ctx, cancel := context.WithTimeout(running, resolveTime)
 		defer cancel()
+		began := time.Now()
 		a.img, a.err = l.lookAt(ctx, running, name, key, known)
 		if a.at = at; known == nil {
 			a.at = time.Now()
 		}
+		l.o.Log.Debug("an image was looked at", "image", name, "took", time.Since(began))
 		l.metrics.count(a.img, a.err)
 		l.tell(name, key.manifest, a.err)
 	})
@@ -361,14 +365,23 @@ func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey, k
 	} else {
 		img, err = l.resolve(ctx, name, there)
 	}
-	if err == nil {
-		img.planned = make(chan struct{})
-		err = l.prepare(ctx, img)
-	}
 	if err != nil {
 		cancel()
 		return img, err
 	}
+	// Until the hot set is known, or is late, nothing else is fetched that nobody waits for.
+	release := func() {
+		for _, y := range img.layers {
+			l.filler.Release(y.Digest)
+		}
+	}
+	img.planned = make(chan struct{})
+	if err := l.prepare(ctx, img); err != nil {
+		cancel()
+		release()
+		return img, err
+	}
+	late := time.AfterFunc(heldTime, release)
 	l.mu.Lock()
 	for _, y := range img.layers {
 		open := l.open[y.Digest]
@@ -379,6 +392,8 @@ func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey, k
 		defer cancel()
 		defer close(img.planned)
 		l.fetchAhead(searching, img, found)
+		late.Stop()
+		release()
 	})
 	return img, nil
 }

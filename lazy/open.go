@@ -58,7 +58,7 @@ func (l *Lazy) openLayer(ctx context.Context, d digest.Digest, said *origin) err
 		return err
 	}
 	stored.Use()
-	return l.add(d, stored, o)
+	return l.add(d, stored, o, said != nil)
 }
 
 // knownOrigin joins what is said of a layer with what is known, and keeps it.
@@ -94,15 +94,21 @@ func (l *Lazy) create(ctx context.Context, d digest.Digest, o *origin) (*cache.L
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
+	began := time.Now()
 	packed, json, offset, err := l.fetchTOC(ctx, d, *o)
 	if err != nil {
 		return nil, err
 	}
+	fetched := time.Since(began)
 	o.TOCOffset = offset
 	layout, err := lazyfs.Build(json, offset)
 	if err != nil {
 		return nil, declined("layer %s: %v", d, err)
 	}
+	built := time.Since(began)
+	defer func() {
+		l.o.Log.Debug("a layer's files were made", "layer", d, "tocBytes", len(packed), "fetched", fetched, "built", built, "kept", time.Since(began))
+	}()
 	info := cache.LayerInfo{Chunks: layout.Chunks(), DataBytes: layout.DataBytes(), FilesBytes: layout.FilesBytes() - layout.DataBytes() + int64(len(packed))}
 	return l.o.Store.CreateLayer(ctx, d, info, func(f cache.LayerFiles) error {
 		if err := os.WriteFile(f.TOC, packed, 0o600); err != nil {
@@ -129,8 +135,8 @@ func (l *Lazy) fetchTOC(ctx context.Context, d digest.Digest, o origin) (packed,
 	return nil, nil, 0, err
 }
 
-// add gives an open layer to the mounts and to what fills them. The caller holds the layer's lock.
-func (l *Lazy) add(d digest.Digest, stored *cache.Layer, o origin) error {
+// add gives an open layer to the mounts and to what fills them, held until it is released. The caller holds the layer's lock.
+func (l *Lazy) add(d digest.Digest, stored *cache.Layer, o origin, held bool) error {
 	f, has := stored.Files(), stored.Has()
 	layer, err := l.host.Add(d, lazyfs.Files{Meta: f.Meta, Table: f.Table, Data: f.Data}, has)
 	if err != nil {
@@ -142,6 +148,7 @@ func (l *Lazy) add(d digest.Digest, stored *cache.Layer, o origin) error {
 	l.mu.Unlock()
 	err = l.filler.Add(prefetch.Layer{
 		Content: layer, Source: &source{l, y, d}, Host: o.host(),
+		Held:      held,
 		Persisted: has,
 		Reserve:   stored.Reserve,
 		Persist:   stored.Commit,

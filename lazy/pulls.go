@@ -46,6 +46,7 @@ type counts struct {
 	present, size   int64 // bytes of the blob, the present ones estimated by the share of its chunks
 	misses          int64
 	missBytes       int64 // of content that they waited for
+	demanded        int64 // bytes of the blob that came because they did, and not ahead
 	waited          time.Duration
 }
 
@@ -167,7 +168,7 @@ func (l *Lazy) counts(d digest.Digest) counts {
 	s := l.filler.Stats(d)
 	there := int64(y.Len() - y.Left())
 	return counts{
-		fetched: s.FetchedBytes, copied: s.CopiedBytes, misses: s.Misses, missBytes: s.MissBytes, waited: s.Waited,
+		fetched: s.FetchedBytes, copied: s.CopiedBytes, misses: s.Misses, missBytes: s.MissBytes, demanded: s.DemandBytes, waited: s.Waited,
 		size: y.origin.SizeBytes, present: int64(float64(y.origin.SizeBytes) * float64(there) / float64(cmp.Or(y.Len(), 1))),
 	}
 }

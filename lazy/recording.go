@@ -81,6 +81,7 @@ func (l *Lazy) record(ctx context.Context, r *recording) {
 		now := l.counts(d)
 		done.Misses += max(0, now.misses-was.misses)
 		done.MissBytes += max(0, now.missBytes-was.missBytes)
+		done.DemandedBytes += max(0, now.demanded-was.demanded)
 		done.Waited += max(0, now.waited-was.waited)
 	}
 	if w := r.img.wave.Load(); w != nil && err == nil {

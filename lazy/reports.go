@@ -21,8 +21,11 @@ const (
 	reportSuffix = ".report"
 	// minPause and maxPause between attempts to reach the server, doubled each time.
 	minPause, maxPause = time.Second, time.Minute
-	// reportTime bounds one attempt.
-	reportTime = 30 * time.Second
+	// reportTime bounds one attempt, maxReportAge all of them: after so long the image is another one.
+	reportTime   = 30 * time.Second
+	maxReportAge = 7 * 24 * time.Hour
+	// maxRefused in a row, and the rest waits for the next round: one that cannot be brought must not be in the way of all.
+	maxRefused = 3
 )
 
 // reports are the starts that the server has not heard of, a file each.
@@ -76,40 +79,51 @@ func (l *Lazy) report(ctx context.Context) error {
 	return nil
 }
 
-// reportAll goes through them, the oldest first. The error is that of a server that is away.
+// reportAll goes through them, the oldest first. The error is about what is to be tried again.
 func (l *Lazy) reportAll(ctx context.Context) error {
 	files, err := filesIn(l.reports.dir)
 	if err != nil {
 		return err
 	}
+	var errs []error
+	refused := 0
 	for _, f := range files {
 		if !strings.HasSuffix(f.Name(), reportSuffix) {
 			continue
 		}
 		path := filepath.Join(l.reports.dir, f.Name())
-		raw, err := os.ReadFile(path)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // above the bound
-		}
-		if err != nil {
-			return err
-		}
-		r, err := profile.DecodeReport(raw)
-		if err == nil {
-			err = l.reportOne(ctx, r)
-		}
+		err := l.reportFile(ctx, path)
 		switch {
 		case err == nil:
-		case errors.Is(err, accel.ErrInvalid), errors.Is(err, accel.ErrNotFound):
-			l.o.Log.Info("a recorded start is not reported", "manifest", r.Manifest, "reason", err)
+			refused = 0
+		case errors.Is(err, fs.ErrNotExist):
+			continue // above the bound
+		case errors.Is(err, accel.ErrInvalid), errors.Is(err, accel.ErrNotFound), time.Since(f.ModTime()) > maxReportAge:
+			l.o.Log.Info("a recorded start is not reported", "file", path, "reason", err)
 		default:
-			return err
+			errs = append(errs, err)
+			if refused++; refused == maxRefused || ctx.Err() != nil {
+				return errors.Join(errs...)
+			}
+			continue
 		}
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
-	return nil
+	return errors.Join(errs...)
+}
+
+func (l *Lazy) reportFile(ctx context.Context, path string) error {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	r, err := profile.DecodeReport(raw)
+	if err != nil {
+		return err
+	}
+	return l.reportOne(ctx, r)
 }
 
 func (l *Lazy) reportOne(ctx context.Context, r profile.Report) error {

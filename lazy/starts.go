@@ -45,12 +45,14 @@ type Start struct {
 	// What was read: in files and in bytes, whole chunks at the reads' ends counted as the kernel asked for them.
 	Files int   `json:"files"`
 	Bytes int64 `json:"bytes"`
-	// Misses are the reads that had to wait meanwhile, MissBytes what they waited for.
-	Misses    int64         `json:"misses"`
-	MissBytes int64         `json:"missBytes"`
-	Waited    time.Duration `json:"waitedNs"`
-	Ahead     *Ahead        `json:"ahead,omitempty" doc:"what was fetched ahead of it"`
-	Problem   string        `json:"problem,omitempty" doc:"why nothing came of the recording"`
+	// Misses are the reads that had to wait meanwhile, MissBytes what they waited for. Of the blobs, DemandedBytes were fetched
+	// because of them: what nobody had begun to fetch ahead, with what lies near.
+	Misses        int64         `json:"misses"`
+	MissBytes     int64         `json:"missBytes"`
+	DemandedBytes int64         `json:"demandedBytes"`
+	Waited        time.Duration `json:"waitedNs"`
+	Ahead         *Ahead        `json:"ahead,omitempty" doc:"what was fetched ahead of it"`
+	Problem       string        `json:"problem,omitempty" doc:"why nothing came of the recording"`
 }
 
 // Is reports whether it is the start of a container, by its ID.

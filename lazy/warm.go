@@ -121,7 +121,7 @@ func platformManifest(ctx context.Context, source *registry.Source, ref accel.Re
 		return ref.Digest, "", err
 	}
 	top = digest.Digest(desc.Digest.String())
-	if !types.MediaType(desc.MediaType).IsIndex() {
+	if !desc.MediaType.IsIndex() {
 		return top, top, nil
 	}
 	var index ocispec.Index

@@ -65,7 +65,7 @@ func (f *Filler) launchBackground(now time.Time) bool {
 		if l.link.active(now) {
 			connections = min(connections, activeConnections)
 		}
-		if l.link.flying[background] >= connections || now.Before(l.pausedUntil) || l.Content.Left() == 0 {
+		if l.link.flying[background] >= connections || now.Before(l.pausedUntil) || l.Content.Left() == 0 || l.Held || f.hot.waits(l.link, now) {
 			continue
 		}
 		if l.unranged && len(l.flights) > 0 {

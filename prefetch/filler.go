@@ -65,6 +65,9 @@ type Layer struct {
 	// Persisted tells which of the chunks that Content has at Add have their mark in the durable index;
 	// the others are given to Persist. nil: all have.
 	Persisted func(i int) bool
+	// Held: the background leaves it alone until Release, lest it takes along, in large requests, what is about to be told
+	// to Hot.
+	Held bool
 	// Reserve makes room for bytes that are about to be written; release gives back what is not counted
 	// otherwise, once they are (or were not) written and persisted. nil: there is always room.
 	Reserve func(bytes int64) (release func(), err error)

@@ -113,6 +113,7 @@ func TestHotFirst(t *testing.T) {
 	// Nothing is answered before the hot set is known.
 	ready := make(chan struct{})
 	slow := func(l *Layer) {
+		l.Held = true
 		reg := l.Source.(*registry)
 		reg.link = link
 		l.Source = sourceFunc(func(ctx context.Context, offset, length int64) (answerBody, error) {
@@ -134,6 +135,7 @@ func TestHotFirst(t *testing.T) {
 	if err := b.Hot(t.Context(), pieces); err != nil {
 		t.Fatal(err)
 	}
+	b.Release(one.digest, two.digest)
 	if n := b.Stats(two.digest).HotLeft; n != 50 {
 		t.Errorf("%d of the hot set are left", n)
 	}

@@ -45,10 +45,35 @@ type layerFile struct {
 // knows nothing, because a later entry replaced them, are not there. The error is an
 // accel.ErrInvalid.
 func NewLayer(d digest.Digest, toc []byte, table Table) (*Layer, error) {
+	return newLayer(d, table, func(do func(string, *tocEntry) error) error { return eachEntry(toc, do) })
+}
+
+// TOCEntry is what matters here of an entry of a TOC, by the format's names.
+type TOCEntry struct {
+	Name, Type, LinkName      string
+	Size, Offset, InnerOffset int64
+	Digest                    digest.Digest
+}
+
+// NewLayerOf is NewLayer of a TOC that somebody else reads: each calls what it is given for every entry in order, and ends
+// with its error.
+func NewLayerOf(d digest.Digest, each func(func(TOCEntry) error) error, table Table) (*Layer, error) {
+	return newLayer(d, table, func(do func(string, *tocEntry) error) error {
+		return each(func(e TOCEntry) error {
+			name, counts, err := entryName(e.Name)
+			if err != nil || !counts {
+				return err
+			}
+			return do(name, &tocEntry{Type: e.Type, Size: e.Size, LinkName: e.LinkName, Digest: e.Digest, Offset: e.Offset, InnerOffset: e.InnerOffset})
+		})
+	})
+}
+
+func newLayer(d digest.Digest, table Table, each func(func(string, *tocEntry) error) error) (*Layer, error) {
 	l := &Layer{digest: d, table: table, byName: map[string]int{}}
 	links := map[string]string{}
 	entries := 0
-	err := eachEntry(toc, func(name string, e *tocEntry) error {
+	err := each(func(name string, e *tocEntry) error {
 		if entries++; entries > maxEntries+maxChunks {
 			return fmt.Errorf("%w: TOC of more than %d entries", accel.ErrInvalid, maxEntries+maxChunks)
 		}

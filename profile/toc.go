@@ -75,12 +75,12 @@ func eachEntry(toc []byte, do func(name string, e *tocEntry) error) error {
 			if err := d.Decode(&e); err != nil {
 				return bad(err)
 			}
-			name := cleanName(e.Name)
-			if ownNames[name] {
-				continue
+			name, counts, err := entryName(e.Name)
+			if err != nil {
+				return err
 			}
-			if len(name) > maxPathBytes || strings.ContainsRune(name, 0) || !utf8.ValidString(name) {
-				return fmt.Errorf("%w: TOC: name %.100q", accel.ErrInvalid, name)
+			if !counts {
+				continue
 			}
 			if err := do(name, &e); err != nil {
 				return err
@@ -97,6 +97,18 @@ func eachEntry(toc []byte, do func(name string, e *tocEntry) error) error {
 		return fmt.Errorf("%w: TOC has more behind its end", accel.ErrInvalid)
 	}
 	return nil
+}
+
+// entryName is an entry's clean name; the format's own entries do not count.
+func entryName(given string) (name string, counts bool, err error) {
+	name = cleanName(given)
+	if ownNames[name] {
+		return "", false, nil
+	}
+	if len(name) > maxPathBytes || strings.ContainsRune(name, 0) || !utf8.ValidString(name) {
+		return "", false, fmt.Errorf("%w: TOC: name %.100q", accel.ErrInvalid, name)
+	}
+	return name, true, nil
 }
 
 // cleanName is name below the root, "" for the root itself.

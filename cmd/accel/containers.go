@@ -227,7 +227,7 @@ func (s *started) answers(ctx context.Context, port int, limit time.Duration) (a
 		if err == nil {
 			after = time.Since(s.began)
 			_ = res.Body.Close() // that it answers is enough
-			return after, s.reachable(port)
+			return after, s.reachable(ctx, port)
 		}
 		select {
 		case <-tick.C:
@@ -242,21 +242,32 @@ func (s *started) answers(ctx context.Context, port int, limit time.Duration) (a
 	}
 }
 
-// reachable requires that the port is open to more than the machine itself.
-func (s *started) reachable(port int) error {
+// reachable requires that it is this program that has the port open, and to more than the machine itself.
+func (s *started) reachable(ctx context.Context, port int) error {
 	open, err := listening(s.task.Pid())
 	if err != nil {
 		return err
 	}
+	infos, err := s.task.Pids(ctx)
+	if err != nil {
+		return err
+	}
+	pids := make([]uint32, 0, len(infos))
+	for _, p := range infos {
+		pids = append(pids, p.Pid)
+	}
 	var only []string
 	for _, at := range open {
-		if at.Port != port {
+		if at.Port != port || !holds(pids, at.inode) {
 			continue
 		}
 		if !at.IP.IsLoopback() {
 			return nil
 		}
 		only = append(only, at.String())
+	}
+	if len(only) == 0 {
+		return fmt.Errorf("something else on this machine answers on port %d, whose network the container uses; end that, or choose another port with --port", port)
 	}
 	return fmt.Errorf("the program listens on %s only, where nobody outside of its machine reaches it; have it listen on 0.0.0.0:%d", strings.Join(only, ", "), port)
 }
@@ -269,7 +280,7 @@ func (s *started) silent(port int, limit time.Duration) error {
 	}
 	for _, at := range open {
 		if at.Port == port {
-			return fmt.Errorf("the program listens on %s, but answered no HTTP request within %s (--startup-timeout)%s", &at, limit, s.output.quoted())
+			return fmt.Errorf("the program listens on %s, but answered no HTTP request within %s (--startup-timeout)%s", at.String(), limit, s.output.quoted())
 		}
 	}
 	return fmt.Errorf("nothing listens on port %d after %s (--startup-timeout): does the program serve HTTP there (--port)?%s", port, limit, s.output.quoted())

@@ -40,7 +40,7 @@ func TestContainersRunOnLazyMounts(t *testing.T) {
 	needsClients(t)
 	img, err := debimage.PyWeb(t.Context(), os.Stderr)
 	must(t, err)
-	want := walk(t, apply(t, img))
+	want, stock := walk(t, apply(t, img)), stockStargz(t, img)
 	for _, version := range []string{testbed.Containerd2, testbed.Containerd16} {
 		t.Run(version, func(t *testing.T) {
 			b := newLazyBed(t, version)
@@ -73,7 +73,6 @@ func TestContainersRunOnLazyMounts(t *testing.T) {
 				b.end("k8s.io", "by-digest")
 			})
 			t.Run("stock eStargz", func(t *testing.T) {
-				stock := stockStargz(t, img)
 				ref, _ := pushTo(t, b.reg, "team/stock:v1", stock)
 				before := len(b.lazyMounts())
 				_, err := b.c.PullCRI(t.Context(), ref, reader, readerPassword)

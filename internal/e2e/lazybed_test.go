@@ -28,6 +28,7 @@ type lazyBed struct {
 	regDir string
 	reg    *testbed.Registry
 	server *up
+	serve  func() *up // starts the server again on what it has
 	node   *nodeRun
 	c      *testbed.Containerd
 }
@@ -60,8 +61,12 @@ func newServedBed(t *testing.T) *lazyBed {
 	b.reg = startRegistryIn(t, b.regDir)
 	file := filepath.Join(t.TempDir(), "password")
 	must(t, os.WriteFile(file, []byte(writerPassword), 0o600))
-	b.server = start(t, t.TempDir(), "127.0.0.1:0", "--registries",
-		fmt.Sprintf("[{host: %q, plain_http: true, username: %s, password_file: %s}]", b.reg.Host(), writer, file))
+	data := t.TempDir()
+	b.serve = func() *up {
+		return start(t, data, "127.0.0.1:0", "--registries",
+			fmt.Sprintf("[{host: %q, plain_http: true, username: %s, password_file: %s}]", b.reg.Host(), writer, file))
+	}
+	b.server = b.serve()
 	return b
 }
 

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -73,17 +74,33 @@ const (
 	fileBytes = 64 << 10
 )
 
+// readerProgram is readerSource as a program; built once.
+var readerProgram = sync.OnceValues(func() ([]byte, error) {
+	dir, err := os.MkdirTemp(scratch, "reader-")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "main.go"), []byte(readerSource), 0o600); err != nil {
+		return nil, err
+	}
+	cmd := exec.Command("go", "build", "-ldflags=-s -w", "-o", "reader", "main.go")
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("%w\n%s", err, out)
+	}
+	return os.ReadFile(filepath.Join(dir, "reader"))
+})
+
+// readerImages are kept: under the race detector they take some time to make.
+var readerImages = map[uint64]v1.Image{}
+
 // readerImage is an image with a program that reads and checks its files.
 func readerImage(t *testing.T, seed uint64) v1.Image {
 	t.Helper()
-	scratch := t.TempDir()
-	must(t, os.WriteFile(filepath.Join(scratch, "main.go"), []byte(readerSource), 0o600))
-	cmd := exec.Command("go", "build", "-ldflags=-s -w", "-o", "reader", "main.go")
-	cmd.Dir, cmd.Env = scratch, append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
+	if img := readerImages[seed]; img != nil {
+		return img
 	}
-	raw, err := os.ReadFile(filepath.Join(scratch, "reader"))
+	program, err := readerProgram()
 	must(t, err)
 	entries := []entry{dir("data")}
 	for i := range files {
@@ -91,7 +108,8 @@ func readerImage(t *testing.T, seed uint64) v1.Image {
 		sum := sha256.Sum256([]byte(content))
 		entries = append(entries, file("data/"+hex.EncodeToString(sum[:]), content, 0o644))
 	}
-	return image(t, "amd64", gzipped(t, tarOf(t, file("reader", string(raw), 0o755))), gzipped(t, tarOf(t, entries...)))
+	readerImages[seed] = image(t, "amd64", gzipped(t, tarOf(t, file("reader", string(program), 0o755))), gzipped(t, tarOf(t, entries...)))
+	return readerImages[seed]
 }
 
 // lazyReader is a bed with a converted readerImage that was pulled.

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"encoding/base64"
 	"encoding/json"
+	"encoding/xml"
 	"errors"
 	"io"
 	"io/fs"
@@ -17,6 +18,7 @@ import (
 	"unsafe"
 
 	"accel"
+	"accel/cache"
 	"accel/internal/debimage"
 	"accel/internal/testbed"
 	"accel/lazy"
@@ -32,6 +34,10 @@ import (
 
 // onDemand keeps the background from bringing everything before the program asks for it.
 const onDemand = "  background: 1KB"
+
+// lackingBytes of the blobs may be fetched because reads missed them, where a good profile is fetched ahead: by the first read, which
+// may come before the plan is made and then brings what lies near, and some chunks. Without a profile it is more than twice that.
+const lackingBytes = 2<<20 + 400_000
 
 // pyContainer is where the tests here start debimage.PyWeb.
 const pyContainer = "web"
@@ -170,9 +176,11 @@ func TestProfilesCloseTheLoop(t *testing.T) {
 	if second.Ahead == nil || second.Ahead.Origin != accel.ProfileRecorded {
 		t.Fatalf("the recording was not fetched ahead of the second start: %+v\n%s", second, b.node.log)
 	}
-	if second.MissBytes > max(first.MissBytes, 100_000) || second.Misses > max(first.Misses, 3) {
-		t.Errorf("%d reads waited for %d bytes, with a prediction %d for %d", second.Misses, second.MissBytes, first.Misses, first.MissBytes)
+	// A read may still wait for what is on its way.
+	if second.DemandedBytes > max(first.DemandedBytes, lackingBytes) {
+		t.Errorf("the recording lacked %d bytes, the prediction %d", second.DemandedBytes, first.DemandedBytes)
 	}
+	t.Logf("demanded %d, then %d", first.DemandedBytes, second.DemandedBytes)
 	if a := second.Ahead; a.UsedBytes < 9*second.Bytes/10 || a.VainBytes > a.UsedBytes/2 {
 		t.Errorf("of %d bytes that were read, %d had been fetched ahead, and %d in vain", second.Bytes, a.UsedBytes, a.VainBytes)
 	}
@@ -182,7 +190,7 @@ func TestProfilesCloseTheLoop(t *testing.T) {
 		packed += n
 	}
 	if most := second.Ahead.PlannedBytes + 8<<20; packed > most {
-		t.Errorf("the registry delivered %d bytes for a plan of %d bytes of content", packed, second.Ahead.PlannedBytes)
+		t.Errorf("the registry delivered %d bytes for a plan of %d bytes of content\n%v\n%s", packed, second.Ahead.PlannedBytes, b.reg.Delivered().Blobs, b.node.metrics())
 	}
 	if said := b.node.accel("ps"); !strings.Contains(said, "(recorded)") {
 		t.Errorf("accel ps does not tell of the profile: %s", said)
@@ -217,8 +225,8 @@ func TestProfileFromTheRegistryAlone(t *testing.T) {
 	if second.Ahead == nil || second.Ahead.From != "node" || second.Ahead.Origin != accel.ProfileRecorded {
 		t.Fatalf("the node's own recording was not fetched ahead: %+v\n%s", second, b.node.log)
 	}
-	if second.MissBytes > max(first.MissBytes, 100_000) || second.Misses > max(first.Misses, 3) {
-		t.Errorf("%d reads waited for %d bytes, the first time %d for %d", second.Misses, second.MissBytes, first.Misses, first.MissBytes)
+	if second.DemandedBytes > max(first.DemandedBytes, lackingBytes) {
+		t.Errorf("the node's own recording lacked %d bytes, the registry's profile %d", second.DemandedBytes, first.DemandedBytes)
 	}
 }
 
@@ -344,7 +352,7 @@ func eachLayer(t *testing.T, img v1.Image, do func(h *tar.Header, layer int)) {
 		must(t, err)
 		for tr := tar.NewReader(r); ; {
 			h, err := tr.Next()
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				break
 			}
 			must(t, err)
@@ -429,4 +437,131 @@ func (b *lazyBed) wipeLayers() {
 			}
 		}
 	}
+}
+
+// TestBench is `accel bench`: each way is measured from a machine without the image, nothing is left behind, and what other
+// namespaces use is refused.
+func TestBench(t *testing.T) {
+	b, ref, img := pyBed(t, newLazyBed)
+	file := filepath.Join(t.TempDir(), "plot.svg")
+	args := []string{"bench", "--config", b.node.config, "--containerd-socket", b.c.Socket(), "--runs", "2", "--plot", file, "-o", "json", ref}
+	said, err := accelCommand(args...)
+	must(t, err)
+	var rows []struct {
+		Image, Way   string
+		TotalSeconds float64
+		FetchedBytes int64
+		Misses       int64
+		Runs         []struct{ PullSeconds, StartSeconds float64 }
+	}
+	must(t, json.Unmarshal([]byte(said), &rows))
+	came, misses := map[string]int64{}, map[string]int64{}
+	for _, r := range rows {
+		if r.Image != ref || len(r.Runs) != 2 || r.TotalSeconds <= 0 {
+			t.Errorf("row %+v", r)
+		}
+		came[r.Way], misses[r.Way] = r.FetchedBytes, r.Misses
+	}
+	var whole int64
+	for _, n := range layerSizes(t, img) {
+		whole += n
+	}
+	if came["full"] != whole || came["lazy"] <= 0 || came["lazy"] > whole/2 || came["profile"] <= 0 || came["profile"] > whole/2 || came["warm"] > came["profile"]/10 {
+		t.Errorf("of %d bytes came %v", whole, came)
+	}
+	if misses["lazy"] == 0 || misses["profile"] > misses["lazy"]/2 || misses["warm"] > 2 {
+		t.Errorf("reads that waited: %v", misses)
+	}
+	drawn, err := os.ReadFile(file)
+	must(t, err)
+	for dec := xml.NewDecoder(bytes.NewReader(drawn)); ; {
+		if _, err := dec.Token(); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatalf("the plot is no XML: %v\n%s", err, drawn)
+		}
+	}
+	if out := os.Getenv("ACCEL_TEST_OUT"); out != "" {
+		must(t, os.WriteFile(filepath.Join(out, "bench.svg"), drawn, 0o600))
+	}
+	b.gone()
+
+	b.pull(ref) // into another namespace
+	if said, err := accelCommand(args...); err == nil || !strings.Contains(err.Error(), `namespace "default"`) {
+		t.Errorf("an image that another namespace has is measured: %s, %v", said, err)
+	}
+}
+
+// TestWarmBringsTheHotSet: a warm of an image that is mounted lazily brings what its start reads, and no blob of the
+// source; without a profile it brings all.
+func TestWarmBringsTheHotSet(t *testing.T) {
+	b, ref, img := pyBed(t, func(t *testing.T, version string, more ...string) *lazyBed {
+		return newLazyBed(t, version, append(more, "warm: {form: lazy}")...)
+	})
+	manifest := manifestOf(t, img)
+	b.awaitProfile(manifest, accel.ProfilePredicted)
+	warm := func() {
+		t.Helper()
+		warms, err := b.server.client.Warm(t.Context(), ref)
+		must(t, err)
+		warms, err = b.server.client.WaitWarms(t.Context(), ref, warms, time.Minute)
+		must(t, err)
+		for _, w := range warms {
+			if w.State != accel.WarmDone || w.FetchedBytes == 0 || w.TotalBytes < w.FetchedBytes {
+				t.Fatalf("warm %+v\n%s", w, b.node.log)
+			}
+		}
+	}
+	warm()
+	delivered := b.reg.Delivered()
+	for d := range layerSizes(t, img) {
+		if n := delivered.Blobs[d]; n > 0 {
+			t.Errorf("the registry delivered %d bytes of layer %s for a warm of its converted form", n, d)
+		}
+	}
+	b.reg.Reset()
+	start := b.recordedStart(ref)
+	// What the prediction has not foretold; nothing is on its way any more.
+	if start.Misses > 8 || start.MissBytes > 500_000 {
+		t.Errorf("after a warm, %d reads waited for %d bytes", start.Misses, start.MissBytes)
+	}
+	b.wipe(ref)
+	_, err := b.server.client.RemoveProfile(t.Context(), manifest)
+	must(t, err)
+	client := b.node.admin()
+	must(t, client.FetchAhead(t.Context(), node.FetchAhead{Manifest: manifest, On: false}))
+	warm()
+	blobs, err := client.List(t.Context())
+	must(t, err)
+	layers := 0
+	for _, e := range blobs {
+		if e.Form == cache.FormLayer {
+			layers++
+			if !e.Complete {
+				t.Errorf("layer %s is not complete: %d of %d chunks", e.Digest, e.PresentChunks, e.Chunks)
+			}
+		}
+	}
+	if layers != len(layerSizes(t, img)) {
+		t.Errorf("%d layers of %d", layers, len(layerSizes(t, img)))
+	}
+}
+
+// TestRecordingsSurviveTheServersAbsence: what cannot be reported is, when the server is back, also by the next daemon.
+func TestRecordingsSurviveTheServersAbsence(t *testing.T) {
+	b, ref, img := pyBed(t, newLazyBed)
+	b.awaitProfile(manifestOf(t, img), accel.ProfilePredicted)
+	b.pull(ref) // the node has the server's keys from now on
+	b.server.kill()
+	if start := b.recordedStart(ref); !start.Complete {
+		t.Fatalf("recorded %+v", start)
+	}
+	b.node.stop()
+	was := b.server.client.Server()
+	b.server = b.serve()
+	conf, err := os.ReadFile(b.node.config)
+	must(t, err)
+	must(t, os.WriteFile(b.node.config, bytes.Replace(conf, []byte(was), []byte(b.server.client.Server()), 1), 0o600))
+	b.node.start()
+	b.awaitProfile(manifestOf(t, img), accel.ProfileRecorded)
 }
