@@ -82,7 +82,7 @@ func pongs(ctx context.Context) (bool, error) {
 	if err != nil {
 		return false, nil //nolint:nilerr // not yet
 	}
-	defer func() { _ = c.Close() }() // nothing is written that could be lost
+	defer c.Close() //nolint:errcheck // nothing is written that could be lost
 	if err := c.SetDeadline(time.Now().Add(answerPatience)); err != nil {
 		return false, err
 	}

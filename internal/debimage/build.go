@@ -234,7 +234,7 @@ func (w works) fill() error {
 	random := rand.NewChaCha8([32]byte{1})
 	content := []byte(strings.Repeat("a line of data, the like of which there are many\n", fillerFileBytes/49+1))[:fillerFileBytes]
 	for n := int64(0); n*fillerFileBytes < w.fillerBytes; n++ {
-		_, _ = random.Read(content[:fillerRandomBytes]) // it always has more
+		_, _ = random.Read(content[:fillerRandomBytes]) // never fails
 		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%04d", n)), content, 0o644); err != nil {
 			return err
 		}
