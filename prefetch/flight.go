@@ -33,8 +33,9 @@ type flight struct {
 	inflight sync.WaitGroup // goroutines that inflate its batches
 
 	// Guarded by Filler.mu:
-	first, next, end int // members: begun with; to be read next; where it ends, which overtaking moves
-	until            int // where it was to end
+	first, next, end int   // members: begun with; to be read next; where it ends, which overtaking moves
+	until            int   // where it was to end
+	hotBytes         int64 // counted in link.hotBytes
 	needed           bool
 	requested        time.Time // the current request
 	begun            time.Time // its first byte; zero: not yet
@@ -69,6 +70,11 @@ func (f *Filler) start(l *layer, k kind, first, must, end int) *flight {
 		first: first, next: first, end: end, until: end,
 	}
 	fl.position, _ = l.span(first)
+	if k == hot {
+		_, reached := l.span(end - 1)
+		fl.hotBytes = reached - fl.position
+		l.link.hotBytes += fl.hotBytes
+	}
 	if k == demand {
 		fl.hasten()
 	}
@@ -108,6 +114,7 @@ func (f *Filler) land(fl *flight, err error) {
 		}
 	}
 	l.link.flying[fl.kind]--
+	l.link.hotBytes -= fl.hotBytes
 	l.idle.Broadcast()
 	if fl.release != nil {
 		l.releases = append(l.releases, fl.release)

@@ -123,7 +123,7 @@ func (l *layer) hotLeft() (n int) {
 // launchHot starts what may start of the hot set. f.mu is held.
 func (f *Filler) launchHot(now time.Time) {
 	h := &f.hot
-	if len(h.runs) < hotConnections {
+	if len(h.runs) < mostHotConnections {
 		h.nextEpoch()
 	}
 	left := h.runs[:0]
@@ -156,7 +156,7 @@ func (f *Filler) launchRun(r hotRun, now time.Time) (rest int) {
 			m++
 			continue
 		}
-		if k.flying[hot] >= hotConnections || now.Before(l.pausedUntil) {
+		if !k.takesHot() || now.Before(l.pausedUntil) {
 			return m
 		}
 		end := l.run(m, r.end, hotFlightBytes, k.bridge(), nil)

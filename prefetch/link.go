@@ -20,8 +20,9 @@ func (k kind) String() string { return [kinds]string{"demand", "hot", "backgroun
 
 const (
 	// hotConnections to one host at a time; as the background's, they make up for single connections that
-	// are bound by their latency.
-	hotConnections = 4
+	// are bound by their latency. Where less than twice of what comes in a round trip is on its way, as when ranges are short
+	// and far, there may be mostHotConnections.
+	hotConnections, mostHotConnections = 4, 16
 	// demandBufferBytes bound what is read for misses and the hot set and not inflated yet, with all
 	// that inflating takes, for each host; backgroundBufferBytes the same for the background. A batch of
 	// 256 KiB chunks is about 1 MiB.
@@ -60,6 +61,7 @@ type link struct {
 	buffers [kinds]*semaphore.Weighted
 
 	flying     [kinds]int
+	hotBytes   int64         // that the flights of the hot set were started for
 	delivering [kinds]int    // of flying: the first byte is here; but for those that are only read on because somebody joined
 	calm       chan struct{} // closed when a kind delivers no more
 
@@ -166,6 +168,12 @@ func (k *link) patience(most time.Duration) time.Duration {
 // active reports whether programs are missing things just now, or what they will want is on its way.
 func (k *link) active(now time.Time) bool {
 	return now.Sub(k.missed) < activeTime || k.flying[hot] > 0 || now.Before(k.starting)
+}
+
+// takesHot reports whether one more flight of the hot set may start.
+func (k *link) takesHot() bool {
+	n := k.flying[hot]
+	return n < hotConnections || n < mostHotConnections && k.hotBytes < 2*k.latencyBytes()
 }
 
 // deliver counts a flight among those that deliver, or no more.

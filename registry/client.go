@@ -60,6 +60,9 @@ const (
 	defaultBackoff      = 500 * time.Millisecond
 	// parallel bounds the blobs that one call transfers at a time.
 	parallel = 4
+	// idleConnections to a host are kept: lazy mounts ask for many short ranges at a time, and a new connection
+	// costs a round trip or more.
+	idleConnections = 32
 	// maxOthers bounds the sessions kept for hosts that nobody configured.
 	maxOthers = 256
 	// maxCABytes bounds a CA file; the system's own bundle has about 200 KiB.
@@ -262,7 +265,7 @@ func (c *Client) transport(roots *x509.CertPool) *http.Transport {
 		TLSClientConfig:       &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
 		TLSHandshakeTimeout:   min(c.o.StallTimeout, 10*time.Second),
 		ForceAttemptHTTP2:     true,
-		MaxIdleConnsPerHost:   2 * parallel,
+		MaxIdleConnsPerHost:   idleConnections,
 		IdleConnTimeout:       60 * time.Second,
 		ExpectContinueTimeout: time.Second,
 		// A gzip layer is the content itself, never an encoding to be undone.
