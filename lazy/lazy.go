@@ -160,7 +160,7 @@ func New(o Options) (*Lazy, error) {
 		return nil, err
 	}
 	l.host, err = lazyfs.NewHost(lazyfs.Options{
-		Dir: o.RunDir, Version: o.Version, Holder: o.Holder, Filler: filler{l.filler}, HolderDied: l.holderDied, Log: o.Log,
+		Dir: o.RunDir, Version: lazyfs.VersionName(o.Version), Holder: o.Holder, Filler: filler{l.filler}, HolderDied: l.holderDied, Log: o.Log,
 	})
 	return l, err
 }

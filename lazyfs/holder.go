@@ -2,6 +2,8 @@ package lazyfs
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -120,6 +122,20 @@ func RunHolder(ctx context.Context, o HolderOptions) (err error) {
 	_ = listener.Close() // accept may have
 	serving.Wait()
 	return context.Cause(ctx)
+}
+
+// VersionName is a program's version as Options.Version takes it, whatever is in it: the beginning of text, as far as a
+// path can have that, and a digest of all of it.
+func VersionName(text string) string {
+	const readable, digits = 12, 8
+	name := strings.Map(func(r rune) rune {
+		if r >= '0' && r <= '9' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r == '-' || r == '+' || r == '.' {
+			return r
+		}
+		return -1
+	}, text)
+	sum := sha256.Sum256([]byte(text))
+	return strings.TrimLeft(name[:min(len(name), readable)], ".") + "-" + hex.EncodeToString(sum[:])[:digits]
 }
 
 func checkVersion(v string) error {

@@ -248,3 +248,20 @@ func TestManyAtOnce(t *testing.T) {
 		}
 	}
 }
+
+func TestVersionName(t *testing.T) {
+	seen := map[string]string{}
+	for _, text := range []string{
+		"v1.2.3", "v1.2.4", "(devel)", "v0.0.0-20261129173039-ae2d957357ed ae2d957357edca5bddcfa172874f2d861bfad699",
+		"v0.0.0-20261129173039-ae2d957357ed ae2d957357edca5bddcfa172874f2d861bfad698", "", "../../x", "ä/@,\n",
+	} {
+		name := VersionName(text)
+		if err := checkVersion(name); err != nil {
+			t.Errorf("of %q: %v", text, err)
+		}
+		if other, is := seen[name]; is {
+			t.Errorf("%q and %q are both %s", text, other, name)
+		}
+		seen[name] = text
+	}
+}

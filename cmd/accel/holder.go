@@ -22,7 +22,7 @@ while the node is restarted or upgraded. It ends by itself when nothing is mount
 			if o.Dir == "" {
 				return usage(errors.New("--dir: say where the node's lazy mounts are"))
 			}
-			o.Version, o.Log = version(), newLogger(logConfig{"info", "text"}, cmd.ErrOrStderr())
+			o.Version, o.Log = lazyfs.VersionName(version()), newLogger(logConfig{"info", "text"}, cmd.ErrOrStderr())
 			// A service manager's signals are for the node: who ended the holder would break running containers.
 			return lazyfs.RunHolder(context.WithoutCancel(cmd.Context()), o)
 		},

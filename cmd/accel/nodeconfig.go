@@ -29,7 +29,7 @@ const (
 	defaultNodeConfig = "/etc/accel/node.yaml"
 	defaultMirror     = "127.0.0.1:5555"
 	// maxRuntimeBytes leaves room for names of sockets: their paths have 107 bytes at most (unix(7)).
-	maxRuntimeBytes = 64
+	maxRuntimeBytes = 56
 )
 
 // nodeConfig is a node's configuration. Each key has a flag and an environment variable
