@@ -158,7 +158,7 @@ func TestNodeByCommand(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer os.RemoveAll(dir)
-	file := configFile(t, "registries: [{host: '127.0.0.1:1', plain_http: true}]\nlisten: 127.0.0.1:0\nname: n1\ndata: "+dir+"/data\nsocket: "+dir+"/s\nmetrics: {listen: '127.0.0.1:0'}\n")
+	file := configFile(t, "registries: [{host: '127.0.0.1:1', plain_http: true}]\nlisten: 127.0.0.1:0\nname: n1\ndata: "+dir+"/data\nsocket: "+dir+"/s\nmetrics: {listen: '127.0.0.1:0'}\nsnapshotter: {socket: '', runtime: "+dir+"/run}\n")
 	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: dir + "/notify", Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)
