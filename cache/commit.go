@@ -6,6 +6,8 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+
+	"accel/internal/durable"
 )
 
 // written is one blob as a commit puts it into the index.
@@ -119,7 +121,7 @@ func (s *Store) sync(w written, dirs map[string]error) error {
 	shard := filepath.Dir(w.file.Name())
 	for _, dir := range []string{shard, filepath.Dir(shard), filepath.Join(s.o.Dir, blobsDir)} {
 		if _, done := dirs[dir]; !done {
-			dirs[dir] = syncDir(dir)
+			dirs[dir] = durable.SyncFolder(dir)
 		}
 		if dirs[dir] != nil {
 			return dirs[dir]

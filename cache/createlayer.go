@@ -11,6 +11,7 @@ import (
 	"syscall"
 
 	"accel"
+	"accel/internal/durable"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -152,7 +153,7 @@ func (s *Store) stage(d digest.Digest, info LayerInfo, write func(LayerFiles) er
 	}
 	dir = place
 	for _, parent := range []string{shard, filepath.Dir(shard), filepath.Join(s.o.Dir, layersDir)} {
-		if err := syncDir(parent); err != nil {
+		if err := durable.SyncFolder(parent); err != nil {
 			return nil, fmt.Errorf("make layer %s: %w", d, err)
 		}
 	}
@@ -187,7 +188,7 @@ func (i *layerInfo) persist(dir string, d digest.Digest) error {
 	if err := os.WriteFile(infoPath(dir), i.seal(d), 0o600); err != nil {
 		return err
 	}
-	return errors.Join(syncFile(infoPath(dir)), syncDir(dir))
+	return errors.Join(syncFile(infoPath(dir)), durable.SyncFolder(dir))
 }
 
 func syncFile(path string) error {
@@ -282,7 +283,7 @@ func (s *Store) inspect(ctx context.Context, d digest.Digest) (*Layer, error) {
 	shard := filepath.Dir(dir)
 	err = syncFile(files.Data)
 	for _, parent := range []string{dir, shard, filepath.Dir(shard), filepath.Join(s.o.Dir, layersDir)} {
-		err = errors.Join(err, syncDir(parent))
+		err = errors.Join(err, durable.SyncFolder(parent))
 	}
 	return l, err
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"accel"
+	"accel/internal/durable"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
@@ -121,7 +122,7 @@ func Open(o Options) (*Store, error) {
 		lock.Close()
 		return nil, err
 	}
-	if err = syncDir(o.Dir); err == nil {
+	if err = durable.SyncFolder(o.Dir); err == nil {
 		s.arrange()
 		s.m, err = newMetrics(o.Registerer, s)
 	}
@@ -319,12 +320,4 @@ func (s *Store) Close() error {
 	}
 	s.m.unregister()
 	return nil
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

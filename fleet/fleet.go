@@ -9,9 +9,9 @@ import (
 	"time"
 
 	"accel"
+	"accel/internal/boltfile"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"go.etcd.io/bbolt"
 )
 
 // Options: zero values take the defaults named.
@@ -80,7 +80,7 @@ func (o *Options) finish() error {
 // methods that match none of accel's sentinels come from the file or from ctx.
 type Fleet struct {
 	o       Options
-	db      *bbolt.DB
+	file    *boltfile.File
 	path    string
 	opened  time.Time
 	hub     hub
@@ -110,11 +110,6 @@ func Open(path string, o Options) (*Fleet, error) {
 	}
 	f := &Fleet{o: o, path: path, opened: o.Now(), nodes: map[string]*member{}}
 	err := f.open()
-	if errors.Is(err, ErrDamaged) {
-		if err = f.setAside(err); err == nil {
-			err = f.open()
-		}
-	}
 	if err != nil {
 		return nil, err
 	}

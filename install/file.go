@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"accel/internal/durable"
 )
 
 const (
@@ -116,8 +118,8 @@ func Apply(plan []Change) error {
 // errOthers: between plan and deed somebody wrote the file.
 var errOthers = errors.New("somebody wrote it meanwhile; look at it, and try again")
 
-// replace writes a file beside its place and moves it there.
-func replace(c Change) (err error) {
+// replace writes a file in the place of ours or of none.
+func replace(c Change) error {
 	if f, err := look(c.Path); err != nil || f.owner != nobodys && f.owner != ours {
 		return errors.Join(err, errOthers)
 	}
@@ -125,23 +127,7 @@ func replace(c Change) (err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	temp, err := os.CreateTemp(dir, ".accel-")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(temp.Name()))
-		}
-	}()
-	_, err = temp.WriteString(c.Content)
-	if err = errors.Join(err, temp.Chmod(0o644), temp.Sync(), temp.Close()); err != nil {
-		return err
-	}
-	if err = os.Rename(temp.Name(), c.Path); err != nil {
-		return err
-	}
-	return syncDir(dir)
+	return durable.WriteFile(c.Path, []byte(c.Content), 0o644)
 }
 
 // remove takes away a file of ours, and its folder where that is empty then and
@@ -165,13 +151,5 @@ func remove(path string) error {
 			dir = filepath.Dir(dir)
 		}
 	}
-	return syncDir(dir)
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return durable.SyncFolder(dir)
 }

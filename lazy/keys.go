@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"accel"
+	"accel/internal/durable"
 	"accel/trust"
 )
 
@@ -125,6 +126,6 @@ func (k *Keys) refresh(ctx context.Context) bool {
 	} else {
 		k.trusted = []*trust.Verifier{v}
 	}
-	_ = writeFile(k.kept, pem) // without it, the next start asks the server
+	_ = durable.WriteFile(k.kept, pem, 0o600) // without it, the next start asks the server
 	return true
 }

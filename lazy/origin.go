@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"accel"
+	"accel/internal/durable"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -110,7 +111,7 @@ func (o origins) put(d digest.Digest, at origin) error {
 	if err != nil {
 		return err
 	}
-	return writeFile(o.path(d), raw)
+	return durable.WriteFile(o.path(d), raw, 0o600)
 }
 
 // sweep removes the files of layers that are gone, and what crashes left.

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"accel"
+	"accel/internal/durable"
 	"accel/profile"
 
 	"github.com/opencontainers/go-digest"
@@ -82,7 +83,7 @@ func (p *profiles) add(r profile.Report) (reports int, err error) {
 	if _, err := s.Add(r); err != nil {
 		return 0, err
 	}
-	if err := writeFile(p.path(r.Manifest), s.Encode()); err != nil {
+	if err := durable.WriteFile(p.path(r.Manifest), s.Encode(), 0o600); err != nil {
 		return 0, err
 	}
 	return s.Reports(), p.trim()
@@ -101,7 +102,7 @@ func (p *profiles) remove(manifest digest.Digest) error {
 // trim removes the oldest above the bound, and what crashes left. p.mu is held, or nobody knows p yet.
 func (p *profiles) trim() error { return keepNewest(p.dir, summarySuffix, maxProfiles) }
 
-// keepNewest removes all but the n newest files with a suffix, and files without it that are a minute old: writeFile leaves
+// keepNewest removes all but the n newest files with a suffix, and files without it that are a minute old: durable.WriteFile leaves
 // them in a crash.
 func keepNewest(dir, suffix string, n int) error {
 	files, err := filesIn(dir)

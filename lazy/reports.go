@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"accel"
+	"accel/internal/durable"
 	"accel/profile"
 )
 
@@ -40,7 +41,7 @@ func (p *reports) put(r profile.Report) error {
 	if err != nil {
 		return err
 	}
-	if err := writeFile(filepath.Join(p.dir, r.ID+reportSuffix), raw); err != nil {
+	if err := durable.WriteFile(filepath.Join(p.dir, r.ID+reportSuffix), raw, 0o600); err != nil {
 		return err
 	}
 	select {

@@ -37,20 +37,11 @@ func (h *Host) mount(ctx context.Context, d digest.Digest, target string, watche
 	if err != nil {
 		return err
 	}
-	select {
-	case <-h.adopted:
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-	unlock, err := h.byDigest.Lock(ctx, string(d))
+	l, unlock, err := h.locked(ctx, d)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	l, ok := h.Layer(d)
-	if !ok {
-		return fmt.Errorf("%w: %s", ErrUnknown, d)
-	}
 	mounts, foreign, err := mountsOf(ctx, h.o.Dir)
 	if err != nil {
 		return err
@@ -188,24 +179,33 @@ func (h *Host) Unmount(ctx context.Context, target string) error {
 	}
 }
 
+// locked waits until Run has adopted what there was, and until nobody else changes the mounts of a layer.
+func (h *Host) locked(ctx context.Context, d digest.Digest) (l *Layer, unlock func(), err error) {
+	select {
+	case <-h.adopted:
+	case <-ctx.Done():
+		return nil, nil, context.Cause(ctx)
+	}
+	if unlock, err = h.byDigest.Lock(ctx, string(d)); err != nil {
+		return nil, nil, err
+	}
+	l, ok := h.Layer(d)
+	if !ok {
+		unlock()
+		return nil, nil, fmt.Errorf("%w: %s", ErrUnknown, d)
+	}
+	return l, unlock, nil
+}
+
 // Complete puts plain mounts in the places of the lazy mounts of a layer of which all is
 // there: who opens it from now on needs no holder, who has it open keeps the old one.
 // Errors: ErrUnknown, ErrIncomplete, what the kernel gave; then some of the places may be done.
 func (h *Host) Complete(ctx context.Context, d digest.Digest) error {
-	select {
-	case <-h.adopted:
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-	unlock, err := h.byDigest.Lock(ctx, string(d))
+	l, unlock, err := h.locked(ctx, d)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	l, ok := h.Layer(d)
-	if !ok {
-		return fmt.Errorf("%w: %s", ErrUnknown, d)
-	}
 	if !l.Complete() {
 		return fmt.Errorf("%w: %s", ErrIncomplete, d)
 	}

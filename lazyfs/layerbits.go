@@ -54,7 +54,7 @@ func openBitmap(path string, data *os.File, chunks int) (*bitmap, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err = createBitmap(path, header, chunks); err != nil {
+	if err = createMapped(path, header, bitmapBytes(chunks)); err != nil {
 		return nil, fmt.Errorf("make bitmap: %w", err)
 	}
 	return mapBitmap(path, chunks, true)
@@ -117,16 +117,16 @@ func bitmapHeader(data *os.File, chunks int) ([]byte, error) {
 	return h, nil
 }
 
-// createBitmap puts the file in place at once. Its pages are allocated now: a full
-// tmpfs must be an error here, not a SIGBUS on the first bit.
-func createBitmap(path string, header []byte, chunks int) error {
+// createMapped puts a file that will be mapped in place at once. Its pages are allocated now: a full
+// tmpfs must be an error here, not a SIGBUS on the first write.
+func createMapped(path string, header []byte, sizeBytes int64) error {
 	file, err := os.CreateTemp(filepath.Dir(path), newPrefix+"*")
 	if err != nil {
 		return err
 	}
 	defer func() { _ = os.Remove(file.Name()) }() // gone already when renamed
 	defer file.Close()
-	if err = unix.Fallocate(int(file.Fd()), 0, 0, bitmapBytes(chunks)); err != nil {
+	if err = unix.Fallocate(int(file.Fd()), 0, 0, sizeBytes); err != nil {
 		return err
 	}
 	if _, err = file.WriteAt(header, 0); err != nil {

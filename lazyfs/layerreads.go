@@ -8,7 +8,6 @@ import (
 	"iter"
 	"math"
 	"os"
-	"path/filepath"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -78,25 +77,12 @@ func mapReads(path string, chunks int) (*readTimes, error) {
 	return r, nil
 }
 
-// createReads allocates its pages now, for the reason that createBitmap has.
 func createReads(path string, chunks int) error {
-	file, err := os.CreateTemp(filepath.Dir(path), newPrefix+"*")
-	if err != nil {
-		return err
-	}
-	defer func() { _ = os.Remove(file.Name()) }() // gone already when renamed
-	defer file.Close()
-	if err = unix.Fallocate(int(file.Fd()), 0, 0, readsBytes(chunks)); err != nil {
-		return err
-	}
 	header := make([]byte, readsHeaderBytes)
 	copy(header, readsMagic)
 	binary.LittleEndian.PutUint64(header[8:], uint64(chunks))
 	binary.NativeEndian.PutUint64(header[16:], uint64(sinceBoot()))
-	if _, err = file.WriteAt(header, 0); err != nil {
-		return err
-	}
-	return os.Rename(file.Name(), path)
+	return createMapped(path, header, readsBytes(chunks))
 }
 
 // sinceBoot is one clock for all processes, that nobody sets.

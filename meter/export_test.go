@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"accel"
+	"accel/internal/boltfile"
 
 	"go.etcd.io/bbolt"
 )
@@ -53,7 +54,7 @@ func (l *Ledger) Bases() (n int, err error) { return l.rowsOf(bucketBaseline) }
 func (l *Ledger) FoldBy(n int) { l.batch = n }
 
 func (l *Ledger) rowsOf(bucket []byte) (n int, err error) {
-	err = l.file.view(func(bt *bbolt.Tx) error {
+	err = l.file.View(func(bt *bbolt.Tx) error {
 		n = bt.Bucket(bucket).Stats().KeyN
 		return nil
 	})
@@ -63,12 +64,12 @@ func (l *Ledger) rowsOf(bucket []byte) (n int, err error) {
 // Sizes are the rows and MB of each table.
 func (l *Ledger) Sizes() (map[string][2]int, error) {
 	sizes := map[string][2]int{}
-	return sizes, l.file.view(func(bt *bbolt.Tx) error {
+	return sizes, l.file.View(func(bt *bbolt.Tx) error {
 		for _, name := range ledgerBuckets {
 			s := bt.Bucket(name).Stats()
 			sizes[string(name)] = [2]int{s.KeyN, (s.LeafAlloc + s.BranchAlloc) >> 20}
 		}
-		sizes["free"] = [2]int{0, l.file.db.Stats().FreeAlloc >> 20}
+		sizes["free"] = [2]int{0, bt.DB().Stats().FreeAlloc >> 20}
 		return nil
 	})
 }
@@ -119,7 +120,7 @@ func DayOf(pulls iter.Seq[accel.Pull]) (*Day, error) {
 
 // PutDay writes a day as if its pulls had been added.
 func (l *Ledger) PutDay(at time.Time, d *Day) error {
-	return l.file.update(func(bt *bbolt.Tx) error {
+	return l.file.Update(func(bt *bbolt.Tx) error {
 		e := &entry{Ledger: l, bt: bt}
 		day := dayKey(dayOf(at))
 		known := map[string][]byte{}
@@ -172,6 +173,6 @@ func MakeOld(path string) error {
 		return err
 	}
 	return errors.Join(db.Update(func(bt *bbolt.Tx) error {
-		return errors.Join(bt.DeleteBucket(bucketFolded), bt.DeleteBucket(bucketMonths), bt.Bucket(bucketMeta).Put(keyFormat, []byte(oldLedger)))
+		return errors.Join(bt.DeleteBucket(bucketFolded), bt.DeleteBucket(bucketMonths), bt.Bucket(boltfile.Meta).Put(boltfile.Format, []byte(oldLedger)))
 	}), db.Close())
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"accel"
+	"accel/internal/boltfile"
 
 	"go.etcd.io/bbolt"
 )
@@ -58,7 +59,7 @@ func monthStart(month int) int {
 }
 
 // foldedBefore is the first day that is not folded; 0: none is.
-func foldedBefore(bt *bbolt.Tx) int { return int(number(bt.Bucket(bucketMeta).Get(keyFolded))) }
+func foldedBefore(bt *bbolt.Tx) int { return int(number(bt.Bucket(boltfile.Meta).Get(keyFolded))) }
 
 // names are those of one roll-up.
 type names struct{ image, tenant, node uint32 }
@@ -161,14 +162,14 @@ func addRows(bt *bbolt.Tx, day []byte, n int) error {
 // fold folds the days before one, each of which nobody adds roll-ups to any more.
 func (l *Ledger) fold(ctx context.Context, before int) error {
 	if err := l.bitByBit(ctx, func(bt *bbolt.Tx) bool { return foldedBefore(bt) < before }, func(bt *bbolt.Tx) error {
-		return bt.Bucket(bucketMeta).Put(keyFolded, numberKey(uint64(max(before, foldedBefore(bt)))))
+		return bt.Bucket(boltfile.Meta).Put(keyFolded, numberKey(uint64(max(before, foldedBefore(bt)))))
 	}); err != nil {
 		return err
 	}
 	for {
 		day := -1
 		var base *baselines
-		err := l.file.view(func(bt *bbolt.Tx) (err error) {
+		err := l.file.View(func(bt *bbolt.Tx) (err error) {
 			k, _ := bt.Bucket(bucketRollups).Cursor().First()
 			if len(k) < dayBytes {
 				return nil
@@ -186,7 +187,7 @@ func (l *Ledger) fold(ctx context.Context, before int) error {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
-			if err := l.file.update(func(bt *bbolt.Tx) (err error) {
+			if err := l.file.Update(func(bt *bbolt.Tx) (err error) {
 				more, err = foldSome(bt, day, base, l.batch)
 				return err
 			}); err != nil {

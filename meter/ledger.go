@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"accel"
+	"accel/internal/boltfile"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.etcd.io/bbolt"
@@ -86,7 +87,7 @@ var noName = make([]byte, nameBytes)
 // from the file or from ctx.
 type Ledger struct {
 	o       LedgerOptions
-	file    *file
+	file    *boltfile.File
 	metrics *ledgerMetrics
 	batch   int         // foldBatch, but for tests
 	full    atomic.Bool // the last Add found no room
@@ -122,7 +123,7 @@ func OpenLedger(path string, o LedgerOptions) (*Ledger, error) {
 	}
 	l := &Ledger{o: o, batch: foldBatch}
 	var err error
-	l.file, err = openFile(path, schema{ledgerFormat, oldLedger, ledgerBuckets}, func(*bbolt.Tx) error { return nil })
+	l.file, err = boltfile.Open(path, boltfile.Schema{Format: ledgerFormat, Older: oldLedger, Buckets: ledgerBuckets})
 	if errors.Is(err, ErrDamaged) {
 		return nil, fmt.Errorf("%w (restore it, or move it away: what it counted is lost then, and nodes report what they still have)", err)
 	}
@@ -130,13 +131,13 @@ func OpenLedger(path string, o LedgerOptions) (*Ledger, error) {
 		return nil, err
 	}
 	if l.metrics, err = newLedgerMetrics(o.Registerer, l); err != nil {
-		return nil, errors.Join(err, l.file.close())
+		return nil, errors.Join(err, l.file.Close())
 	}
 	return l, nil
 }
 
 // Close waits for running calls and closes the file. A second Close is no error.
-func (l *Ledger) Close() error { return l.file.close() }
+func (l *Ledger) Close() error { return l.file.Close() }
 
 // Receipt says what became of reported pulls.
 type Receipt struct {
@@ -160,7 +161,7 @@ func (l *Ledger) Add(ctx context.Context, pulls []accel.Pull) (Receipt, error) {
 		}
 	}
 	var e *entry
-	err := l.file.update(func(bt *bbolt.Tx) error {
+	err := l.file.Update(func(bt *bbolt.Tx) error {
 		e = &entry{Ledger: l, bt: bt}
 		for i := range pulls {
 			if err := e.add(&pulls[i]); err != nil {
@@ -186,9 +187,9 @@ func (l *Ledger) Add(ctx context.Context, pulls []accel.Pull) (Receipt, error) {
 func (l *Ledger) noteRoom(err error) {
 	switch full := errors.Is(err, ErrFull); {
 	case full && !l.full.Swap(true):
-		l.o.Log.Error("the ledger's disk is full: reported pulls are not taken, and wait on their nodes", "file", l.file.path, "error", err)
+		l.o.Log.Error("the ledger's disk is full: reported pulls are not taken, and wait on their nodes", "file", l.file.Path(), "error", err)
 	case err == nil && l.full.Swap(false):
-		l.o.Log.Info("the ledger takes pulls again", "file", l.file.path)
+		l.o.Log.Info("the ledger takes pulls again", "file", l.file.Path())
 	}
 }
 
@@ -197,7 +198,7 @@ func (l *Ledger) located(err error) error {
 	if err == nil || errors.Is(err, accel.ErrInvalid) || errors.Is(err, ErrDamaged) || errors.Is(err, ErrClosed) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
-	return fmt.Errorf("ledger %s: %w", l.file.path, err)
+	return fmt.Errorf("ledger %s: %w", l.file.Path(), err)
 }
 
 // entry is one transaction that adds pulls.
@@ -224,7 +225,7 @@ func (e *entry) add(p *accel.Pull) error {
 	case b.Get(key) != nil:
 		e.receipt.Duplicates++
 		return nil
-	case bytes.Compare(key, e.bt.Bucket(bucketMeta).Get(keyHorizon)) <= 0:
+	case bytes.Compare(key, e.bt.Bucket(boltfile.Meta).Get(keyHorizon)) <= 0:
 		e.receipt.Late++
 		return nil
 	}
@@ -323,7 +324,7 @@ func (e *entry) name(text string, create bool) ([]byte, error) {
 		e.sweeping[uint32(seq)] = true
 	}
 	if seq > 1<<32-1 {
-		return nil, fmt.Errorf("ledger %s: it has seen 2^32 names; move it away and begin a new one", e.file.path)
+		return nil, fmt.Errorf("ledger %s: it has seen 2^32 names; move it away and begin a new one", e.file.Path())
 	}
 	n := binary.BigEndian.AppendUint32(nil, uint32(seq))
 	return n, errors.Join(names.Put([]byte(text), n), texts.Put(n, []byte(text)))
@@ -360,13 +361,13 @@ func (e *entry) sketch(key []byte, value float64) error {
 }
 
 func (e *entry) count(n int) error {
-	m := e.bt.Bucket(bucketMeta)
+	m := e.bt.Bucket(boltfile.Meta)
 	return m.Put(keyCount, numberKey(uint64(int64(number(m.Get(keyCount)))+int64(n))))
 }
 
 // makeRoom removes the oldest pulls above the bound.
 func (e *entry) makeRoom() error {
-	over := int(number(e.bt.Bucket(bucketMeta).Get(keyCount))) - e.o.MaxPulls
+	over := int(number(e.bt.Bucket(boltfile.Meta).Get(keyCount))) - e.o.MaxPulls
 	if over <= 0 {
 		return nil
 	}
@@ -395,7 +396,7 @@ func (e *entry) removePulls(n int, end []byte) (removed int, err error) {
 	if err := e.count(-len(keys)); err != nil {
 		return 0, err
 	}
-	return len(keys), e.bt.Bucket(bucketMeta).Put(keyHorizon, horizon)
+	return len(keys), e.bt.Bucket(boltfile.Meta).Put(keyHorizon, horizon)
 }
 
 func dayOf(t time.Time) int { return int(t.Unix() / int64(dayTime/time.Second)) }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"accel"
+	"accel/internal/boltfile"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.etcd.io/bbolt"
@@ -141,13 +142,13 @@ func (c *ledgerCollector) Describe(ch chan<- *prometheus.Desc) {
 }
 
 func (c *ledgerCollector) Collect(ch chan<- prometheus.Metric) {
-	err := c.l.file.view(func(bt *bbolt.Tx) error {
+	err := c.l.file.View(func(bt *bbolt.Tx) error {
 		rollups := uint64(0)
 		days := bt.Bucket(bucketDays).Cursor()
 		for k, v := days.First(); k != nil; k, v = days.Next() {
 			rollups += number(v)
 		}
-		ch <- prometheus.MustNewConstMetric(keptDesc, prometheus.GaugeValue, float64(number(bt.Bucket(bucketMeta).Get(keyCount))))
+		ch <- prometheus.MustNewConstMetric(keptDesc, prometheus.GaugeValue, float64(number(bt.Bucket(boltfile.Meta).Get(keyCount))))
 		ch <- prometheus.MustNewConstMetric(rollupsDesc, prometheus.GaugeValue, float64(rollups))
 		ch <- prometheus.MustNewConstMetric(sizeDesc, prometheus.GaugeValue, float64(bt.Size()))
 		return nil

@@ -143,7 +143,7 @@ func (a *account) foldedRows(bucket []byte, k kind, from, to int, each func(peri
 		}
 		period, names := key[1:], key[min(1+dayBytes, len(key)):]
 		if len(names) != nameBytes && (len(names) != 2*nameBytes || k != ofPair) {
-			return fmt.Errorf("%w: ledger %s: key %x of a folded sum", ErrDamaged, a.file.path, key)
+			return fmt.Errorf("%w: ledger %s: key %x of a folded sum", ErrDamaged, a.file.Path(), key)
 		}
 		of := [2]uint32{binary.BigEndian.Uint32(names)}
 		if k == ofPair {
@@ -151,7 +151,7 @@ func (a *account) foldedRows(bucket []byte, k kind, from, to int, each func(peri
 		}
 		r, err := decodeRow(v)
 		if err != nil {
-			return fmt.Errorf("ledger %s: folded sum %x: %w", a.file.path, key, err)
+			return fmt.Errorf("ledger %s: folded sum %x: %w", a.file.Path(), key, err)
 		}
 		if err := each(int(binary.BigEndian.Uint32(period)), of, &r); err != nil {
 			return err

@@ -7,6 +7,8 @@ import (
 	"errors"
 	"time"
 
+	"accel/internal/boltfile"
+
 	"go.etcd.io/bbolt"
 )
 
@@ -64,7 +66,7 @@ func (l *Ledger) Prune(ctx context.Context) error {
 // prunePulls removes single pulls from before a time, and what is above the bound.
 func (l *Ledger) prunePulls(ctx context.Context, before time.Time) error {
 	end := timeKey(before)
-	over := func(bt *bbolt.Tx) int { return int(number(bt.Bucket(bucketMeta).Get(keyCount))) - l.o.MaxPulls }
+	over := func(bt *bbolt.Tx) int { return int(number(bt.Bucket(boltfile.Meta).Get(keyCount))) - l.o.MaxPulls }
 	removed := 0
 	return l.bitByBit(ctx, func(bt *bbolt.Tx) bool {
 		l.metrics.pruned.Add(float64(removed)) // they are gone for good
@@ -84,7 +86,7 @@ func (l *Ledger) prunePulls(ctx context.Context, before time.Time) error {
 func (l *Ledger) bitByBit(ctx context.Context, due func(*bbolt.Tx) bool, part func(*bbolt.Tx) error) error {
 	for {
 		more := false
-		err := l.file.view(func(bt *bbolt.Tx) error {
+		err := l.file.View(func(bt *bbolt.Tx) error {
 			more = due(bt)
 			return nil
 		})
@@ -94,7 +96,7 @@ func (l *Ledger) bitByBit(ctx context.Context, due func(*bbolt.Tx) bool, part fu
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := l.file.update(part); err != nil {
+		if err := l.file.Update(part); err != nil {
 			return err
 		}
 	}
@@ -112,7 +114,7 @@ func beginsBefore(bucket, limit []byte) func(*bbolt.Tx) bool {
 // the newest day that pulls speak of.
 func (l *Ledger) believedNow() (now time.Time, any bool, err error) {
 	now = l.o.Now()
-	err = l.file.view(func(bt *bbolt.Tx) error {
+	err = l.file.View(func(bt *bbolt.Tx) error {
 		if k, _ := bt.Bucket(bucketDays).Cursor().Last(); k != nil {
 			any = true
 			if newest := dayTimeOf(int(binary.BigEndian.Uint32(k)) + 2); newest.Before(now) {
@@ -151,7 +153,7 @@ func (l *Ledger) pruneDays(ctx context.Context, first int) error {
 				return err
 			}
 		}
-		return errors.Join(days.Delete(dayKey(day)), bt.Bucket(bucketMeta).Put(keySweep, []byte{1}))
+		return errors.Join(days.Delete(dayKey(day)), bt.Bucket(boltfile.Meta).Put(keySweep, []byte{1}))
 	})
 }
 

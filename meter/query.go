@@ -92,7 +92,7 @@ func (l *Ledger) Pulls(ctx context.Context, f Filter) (Page, error) {
 		from = timeKey(f.From)
 	}
 	var page Page
-	err := l.file.view(func(bt *bbolt.Tx) (err error) {
+	err := l.file.View(func(bt *bbolt.Tx) (err error) {
 		texts := texts{bt: bt, known: map[uint32]string{}}
 		page, err = f.page(ctx, bt.Bucket(bucketPulls).Cursor(), from, before, texts.of)
 		return err

@@ -5,11 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
-	"path/filepath"
 	"sync/atomic"
 
 	"accel"
+	"accel/internal/boltfile"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.etcd.io/bbolt"
@@ -35,7 +34,7 @@ var bucketPulls = []byte("pulls") // id -> pull
 // concurrent use.
 type Spool struct {
 	o       SpoolOptions
-	file    *file
+	file    *boltfile.File
 	length  atomic.Int64
 	dropped atomic.Int64
 	changed chan struct{} // holds one token when there is something new
@@ -54,21 +53,15 @@ func OpenSpool(path string, o SpoolOptions) (*Spool, error) {
 	}
 	s := &Spool{o: o, changed: make(chan struct{}, 1)}
 	var err error
-	s.file, err = openFile(path, schema{spoolFormat, "", [][]byte{bucketPulls}}, s.check)
-	if errors.Is(err, ErrDamaged) {
-		aside := path + ".damaged"
-		o.Log.Error("the spool of pulls is set aside; what waited in it is not reported", "file", path, "aside", aside, "error", err)
-		if err := errors.Join(os.Rename(path, aside), syncFolder(filepath.Dir(path))); err != nil {
-			return nil, fmt.Errorf("set the damaged spool aside: %w", err)
-		}
+	s.file, err = boltfile.OpenAnew(path, boltfile.Schema{Format: spoolFormat, Buckets: [][]byte{bucketPulls}, Check: s.check}, func(aside string, damage error) {
+		o.Log.Error("the spool of pulls is set aside; what waited in it is not reported", "file", path, "aside", aside, "error", damage)
 		s.length.Store(0)
-		s.file, err = openFile(path, schema{spoolFormat, "", [][]byte{bucketPulls}}, s.check)
-	}
+	})
 	if err != nil {
 		return nil, err
 	}
 	if s.metrics, err = newSpoolMetrics(o.Registerer, s); err != nil {
-		return nil, errors.Join(err, s.file.close())
+		return nil, errors.Join(err, s.file.Close())
 	}
 	if s.Len() > 0 {
 		s.wake()
@@ -100,7 +93,7 @@ func (s *Spool) Add(pulls ...accel.Pull) error {
 		return nil
 	}
 	var added, dropped int64
-	err := s.file.update(func(bt *bbolt.Tx) error {
+	err := s.file.Update(func(bt *bbolt.Tx) error {
 		added, dropped = 0, 0
 		b := bt.Bucket(bucketPulls)
 		for i := range pulls {
@@ -146,7 +139,7 @@ func (s *Spool) Add(pulls ...accel.Pull) error {
 // Oldest gives up to n pulls, by their start.
 func (s *Spool) Oldest(n int) ([]accel.Pull, error) {
 	var pulls []accel.Pull
-	err := s.file.view(func(bt *bbolt.Tx) error {
+	err := s.file.View(func(bt *bbolt.Tx) error {
 		pulls = nil
 		c := bt.Bucket(bucketPulls).Cursor()
 		for k, v := c.First(); k != nil && len(pulls) < n; k, v = c.Next() {
@@ -180,7 +173,7 @@ func (s *Spool) refuse(ids ...string) error {
 }
 
 func (s *Spool) remove(ids []string) (removed int64, err error) {
-	err = s.file.update(func(bt *bbolt.Tx) error {
+	err = s.file.Update(func(bt *bbolt.Tx) error {
 		removed = 0
 		b := bt.Bucket(bucketPulls)
 		for _, id := range ids {
@@ -208,7 +201,7 @@ func (s *Spool) remove(ids []string) (removed int64, err error) {
 
 // recount finds the length again after a transaction that failed.
 func (s *Spool) recount() {
-	_ = s.file.view(func(bt *bbolt.Tx) error { // it failed before, and the caller knows
+	_ = s.file.View(func(bt *bbolt.Tx) error { // it failed before, and the caller knows
 		s.length.Store(int64(bt.Bucket(bucketPulls).Stats().KeyN))
 		return nil
 	})
@@ -227,7 +220,7 @@ func (s *Spool) Dropped() int64 { return s.dropped.Load() }
 func (s *Spool) Len() int { return int(s.length.Load()) }
 
 // Close waits for running calls and closes the file. A second Close is no error.
-func (s *Spool) Close() error { return s.file.close() }
+func (s *Spool) Close() error { return s.file.Close() }
 
 func (s *Spool) wake() {
 	select {

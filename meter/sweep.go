@@ -6,6 +6,8 @@ import (
 	"encoding/binary"
 	"errors"
 
+	"accel/internal/boltfile"
+
 	"go.etcd.io/bbolt"
 )
 
@@ -17,13 +19,13 @@ const sweepBatch = 20_000
 // are given out meanwhile are known, and stay. A crash leaves it to be done again.
 func (l *Ledger) sweep(ctx context.Context) error {
 	due := false
-	if err := l.file.view(func(bt *bbolt.Tx) error {
-		due = bt.Bucket(bucketMeta).Get(keySweep) != nil
+	if err := l.file.View(func(bt *bbolt.Tx) error {
+		due = bt.Bucket(boltfile.Meta).Get(keySweep) != nil
 		return nil
 	}); err != nil || !due {
 		return err
 	}
-	if err := l.file.update(func(*bbolt.Tx) error {
+	if err := l.file.Update(func(*bbolt.Tx) error {
 		l.sweeping = map[uint32]bool{}
 		return nil
 	}); err != nil {
@@ -34,12 +36,12 @@ func (l *Ledger) sweep(ctx context.Context) error {
 		err = l.removeNames(ctx, unused)
 	}
 	swept := err == nil
-	return errors.Join(err, l.file.update(func(bt *bbolt.Tx) error {
+	return errors.Join(err, l.file.Update(func(bt *bbolt.Tx) error {
 		l.sweeping = nil
 		if !swept {
 			return nil
 		}
-		return bt.Bucket(bucketMeta).Delete(keySweep)
+		return bt.Bucket(boltfile.Meta).Delete(keySweep)
 	}))
 }
 
@@ -80,7 +82,7 @@ func (l *Ledger) eachRow(ctx context.Context, bucket []byte, each func(k, v []by
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := l.file.view(func(bt *bbolt.Tx) error {
+		if err := l.file.View(func(bt *bbolt.Tx) error {
 			c := bt.Bucket(bucket).Cursor()
 			k, v := c.Seek(last)
 			if last != nil && bytes.Equal(k, last) {
@@ -110,7 +112,7 @@ func (l *Ledger) removeNames(ctx context.Context, unused [][]byte) error {
 			return err
 		}
 		some := unused[:min(len(unused), pruneBatch)]
-		if err := l.file.update(func(bt *bbolt.Tx) error {
+		if err := l.file.Update(func(bt *bbolt.Tx) error {
 			names, texts := bt.Bucket(bucketNames), bt.Bucket(bucketTexts)
 			for _, k := range some {
 				if l.sweeping[binary.BigEndian.Uint32(k)] {

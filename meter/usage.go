@@ -79,7 +79,7 @@ func (l *Ledger) Usage(ctx context.Context, q Query) (Usage, error) {
 		return Usage{}, fmt.Errorf("%w: to is not after from", accel.ErrInvalid)
 	}
 	var u Usage
-	err := l.file.view(func(bt *bbolt.Tx) (err error) {
+	err := l.file.View(func(bt *bbolt.Tx) (err error) {
 		a := &account{Ledger: l, ctx: ctx, bt: bt, q: q, groups: map[string]*group{}, texts: texts{bt: bt, known: map[uint32]string{}}}
 		u, err = a.usage()
 		return err
@@ -202,7 +202,7 @@ func (a *account) rows() error {
 		}
 		of, err := namesOf(k)
 		if err != nil {
-			return fmt.Errorf("ledger %s: %w", a.file.path, err)
+			return fmt.Errorf("ledger %s: %w", a.file.Path(), err)
 		}
 		if !a.wants(ofImage, of.image) || !a.wants(ofTenant, of.tenant) || !a.wants(ofNode, of.node) {
 			continue
@@ -220,7 +220,7 @@ func (a *account) rows() error {
 		}
 		r, err := decodeRow(v)
 		if err != nil {
-			return fmt.Errorf("ledger %s: roll-up %x: %w", a.file.path, k, err)
+			return fmt.Errorf("ledger %s: roll-up %x: %w", a.file.Path(), k, err)
 		}
 		g, err := a.group(text)
 		if err != nil {

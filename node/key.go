@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+
+	"accel/internal/durable"
 )
 
 const grantKeyBytes = 32
@@ -28,25 +30,11 @@ func grantKey(dir string) ([]byte, error) {
 	return key, nil
 }
 
-// newGrantKey writes a key beside its place and moves it there, so that there is never half
-// of one.
-func newGrantKey(path string) (_ []byte, err error) {
+// newGrantKey makes a key and keeps it.
+func newGrantKey(path string) ([]byte, error) {
 	key := make([]byte, grantKeyBytes)
 	if _, err := rand.Read(key); err != nil {
 		return nil, err
 	}
-	temp, err := os.CreateTemp(filepath.Dir(path), ".key-") // mode 0600
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(temp.Name()))
-		}
-	}()
-	_, err = temp.Write(key)
-	if err = errors.Join(err, temp.Sync(), temp.Close()); err != nil {
-		return nil, err
-	}
-	return key, os.Rename(temp.Name(), path)
+	return key, durable.WriteFile(path, key, 0o600)
 }

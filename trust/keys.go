@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"accel"
+	"accel/internal/durable"
 )
 
 // Key is one ed25519 key pair's public side.
@@ -36,9 +37,7 @@ type Key struct {
 const (
 	// activeFile holds the id of the key that signs, and a line end.
 	activeFile = "active"
-	keySuffix  = ".pem"
-	// tempSuffix marks a file that is being written; such a one is never loaded.
-	tempSuffix = ".tmp"
+	keySuffix  = ".pem" // what is being written has another
 	// maxKeyFileBytes bounds a key file; an ed25519 one has about 150 bytes.
 	maxKeyFileBytes = 16 << 10
 	// createdPrefix starts the line above the PEM block that dates a key. RFC 7468
@@ -111,10 +110,10 @@ func (k *Keyring) New() (Key, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	// The key is on disk before "active" names it, so that no crash leaves a name without a key.
-	if err := writeDurably(filepath.Join(k.dir, pair.id+keySuffix), []byte(text)); err != nil {
+	if err := durable.WriteFile(filepath.Join(k.dir, pair.id+keySuffix), []byte(text), 0o600); err != nil {
 		return Key{}, fmt.Errorf("store signing key %s: %w", pair.id, err)
 	}
-	if err := writeDurably(filepath.Join(k.dir, activeFile), []byte(pair.id+"\n")); err != nil {
+	if err := durable.WriteFile(filepath.Join(k.dir, activeFile), []byte(pair.id+"\n"), 0o600); err != nil {
 		return Key{}, fmt.Errorf("activate signing key %s: %w", pair.id, err)
 	}
 	k.keys[pair.id] = pair

@@ -102,11 +102,7 @@ func newProfileShow(g *globals) *cobra.Command {
 	}
 	platform := platformFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		c, manifest, err := g.platformManifest(cmd.Context(), args[0], *platform)
-		if err != nil {
-			return err
-		}
-		p, err := c.Profile(cmd.Context(), manifest)
+		p, err := g.profileOf(cmd.Context(), args[0], *platform)
 		if err != nil {
 			return err
 		}
@@ -204,7 +200,12 @@ func (g *globals) profileOrFile(ctx context.Context, what, platform string) (acc
 	} else if !errors.Is(err, os.ErrNotExist) && !strings.Contains(what, ":") {
 		return accel.Profile{}, err
 	}
-	c, manifest, err := g.platformManifest(ctx, what, platform)
+	return g.profileOf(ctx, what, platform)
+}
+
+// profileOf asks the server for an image's profile.
+func (g *globals) profileOf(ctx context.Context, image, platform string) (accel.Profile, error) {
+	c, manifest, err := g.platformManifest(ctx, image, platform)
 	if err != nil {
 		return accel.Profile{}, err
 	}
@@ -218,11 +219,7 @@ func newProfileExport(g *globals) *cobra.Command {
 	}
 	platform := platformFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		c, manifest, err := g.platformManifest(cmd.Context(), args[0], *platform)
-		if err != nil {
-			return err
-		}
-		p, err := c.Profile(cmd.Context(), manifest)
+		p, err := g.profileOf(cmd.Context(), args[0], *platform)
 		if err != nil {
 			return err
 		}

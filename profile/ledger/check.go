@@ -72,5 +72,5 @@ func (l *Ledger) check(bt *bbolt.Tx) error {
 
 // Check reads everything and returns an ErrDamaged for what does not agree.
 func (l *Ledger) Check() error {
-	return l.db.View(func(bt *bbolt.Tx) error { return errors.Join(l.check(bt), l.checkPages(bt)) })
+	return l.file.View(func(bt *bbolt.Tx) error { return errors.Join(l.check(bt), l.file.CheckPages(bt)) })
 }

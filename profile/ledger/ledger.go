@@ -8,10 +8,10 @@ import (
 	"time"
 
 	"accel"
+	"accel/internal/boltfile"
 	"accel/internal/keylock"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"go.etcd.io/bbolt"
 )
 
 // Options: zero values take the defaults named.
@@ -68,7 +68,7 @@ func (o *Options) finish() error {
 // none of accel's sentinels come from the file or from ctx.
 type Ledger struct {
 	o       Options
-	db      *bbolt.DB
+	file    *boltfile.File
 	path    string
 	metrics *metrics
 	// images serialises what happens to one image, so that the work of folding is done
@@ -87,11 +87,6 @@ func Open(path string, o Options) (*Ledger, error) {
 	}
 	l := &Ledger{o: o, path: path, due: make(chan struct{}, 1)}
 	err := l.open()
-	if errors.Is(err, ErrDamaged) {
-		if err = l.setAside(err); err == nil {
-			err = l.open()
-		}
-	}
 	if err != nil {
 		return nil, err
 	}

@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"accel/internal/durable"
 	"accel/readiness"
 
 	"go.etcd.io/bbolt"
@@ -70,7 +71,7 @@ func Open(path string) (*Store, error) {
 		return nil, err
 	}
 	if fresh { // bbolt syncs the file, not the name
-		if err := syncFolder(filepath.Dir(path)); err != nil {
+		if err := durable.SyncFolder(filepath.Dir(path)); err != nil {
 			return nil, errors.Join(fmt.Errorf("sync the folder of store %s: %w", path, err), s.Close())
 		}
 	}
@@ -163,14 +164,6 @@ func (s *Store) inspect() error {
 		return fmt.Errorf("make store %s: %w", s.path, err)
 	}
 	return nil
-}
-
-func syncFolder(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
 
 func (s *Store) damaged(doing string, err error) error {

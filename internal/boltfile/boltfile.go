@@ -1,4 +1,6 @@
-package meter
+// Package boltfile keeps a bbolt file of a component of its own: one whose panics are errors, which is
+// checked when it is opened, and which is set aside where that is what its owner wants with a damaged one.
+package boltfile
 
 import (
 	"errors"
@@ -10,20 +12,22 @@ import (
 	"syscall"
 	"time"
 
+	"accel/internal/durable"
+
 	"go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 )
 
-// Errors that OpenSpool, OpenLedger and their methods return beside those of package accel.
+// Errors of this package; their messages name the file.
 var (
 	// ErrLocked: another process has the file open.
-	ErrLocked = errors.New("file of pulls is in use by another process")
-	// ErrDamaged: the file was cut or overwritten. A spool sets it aside by itself.
-	ErrDamaged = errors.New("file of pulls is damaged")
+	ErrLocked = errors.New("file is in use by another process")
+	// ErrDamaged: the file was cut or overwritten.
+	ErrDamaged = errors.New("file is damaged")
 	// ErrFull: the disk has no room. Nothing was changed, and it passes when there is room again.
 	ErrFull = errors.New("no room on the disk")
 	// ErrClosed: Close was called before.
-	ErrClosed = errors.New("file of pulls is closed")
+	ErrClosed = errors.New("file is closed")
 )
 
 const (
@@ -33,13 +37,14 @@ const (
 	gather = 2 * time.Millisecond
 )
 
+// Meta is the bucket that each file has, and Format the key in it by which its layout is known.
 var (
-	bucketMeta = []byte("meta")
-	keyFormat  = []byte("format")
+	Meta   = []byte("meta")
+	Format = []byte("format")
 )
 
-// file is a bbolt file whose panics are errors.
-type file struct {
+// File is a bbolt file whose panics are errors. It is safe for concurrent use.
+type File struct {
 	path string
 	db   *bbolt.DB
 	raw  *os.File // db's, which holds the lock
@@ -49,15 +54,21 @@ type file struct {
 	closed bool
 }
 
-// schema is what a file has.
-type schema struct {
-	format  string
-	older   string   // a format that lacked some of the buckets, which are made; empty: none
-	buckets [][]byte // and bucketMeta
+// Schema is what a file has.
+type Schema struct {
+	Format  string
+	Older   string   // a format that lacked some of the buckets, which are made; empty: none
+	Buckets [][]byte // and Meta
+	// Check looks at an old file; its error says ErrDamaged where that is so. nil: nothing does.
+	Check func(*bbolt.Tx) error
+	// Pages has what lies below the rows looked at too, which reads all of the file: a free list that is wrong makes a
+	// later commit panic.
+	Pages bool
 }
 
-// openFile opens the file path, or makes it (mode 0600, its folder 0700). check looks at an old one.
-func openFile(path string, has schema, check func(*bbolt.Tx) error) (*file, error) {
+// Open opens the file path, or makes it (mode 0600, its folder 0700). The errors are the package's, Schema.Check's and the
+// file system's.
+func Open(path string, has Schema) (*File, error) {
 	_, err := os.Stat(path)
 	fresh := errors.Is(err, os.ErrNotExist)
 	if fresh {
@@ -65,8 +76,8 @@ func openFile(path string, has schema, check func(*bbolt.Tx) error) (*file, erro
 			return nil, fmt.Errorf("make the folder of %s: %w", path, err)
 		}
 	}
-	f := &file{path: path}
-	if err := f.open(has, check); err != nil {
+	f := &File{path: path}
+	if err := f.open(has); err != nil {
 		if f.raw != nil {
 			f.raw.Close() // also what bbolt leaves open, and so locked, when it panics
 		}
@@ -76,14 +87,32 @@ func openFile(path string, has schema, check func(*bbolt.Tx) error) (*file, erro
 		return nil, err
 	}
 	if fresh { // bbolt syncs the file, not its name
-		if err := syncFolder(filepath.Dir(path)); err != nil {
-			return nil, errors.Join(fmt.Errorf("sync the folder of %s: %w", path, err), f.close())
+		if err := durable.SyncFolder(filepath.Dir(path)); err != nil {
+			return nil, errors.Join(fmt.Errorf("sync the folder of %s: %w", path, err), f.Close())
 		}
 	}
 	return f, nil
 }
 
-func (f *file) open(has schema, check func(*bbolt.Tx) error) (err error) {
+// OpenAnew is Open that moves a damaged file away, to path.damaged (the last one is kept), and begins a new one. tell is
+// called before, to log that.
+func OpenAnew(path string, has Schema, tell func(aside string, damage error)) (*File, error) {
+	f, err := Open(path, has)
+	if !errors.Is(err, ErrDamaged) {
+		return f, err
+	}
+	aside := path + ".damaged"
+	tell(aside, err)
+	if moved := errors.Join(os.Rename(path, aside), durable.SyncFolder(filepath.Dir(path))); moved != nil {
+		return nil, fmt.Errorf("set %s aside: %w (%w)", path, moved, err)
+	}
+	return Open(path, has)
+}
+
+// Path is the file's.
+func (f *File) Path() string { return f.path }
+
+func (f *File) open(has Schema) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // of this goroutine
 	defer f.guard(&err)
 	f.db, err = bbolt.Open(f.path, 0o600, &bbolt.Options{
@@ -97,24 +126,24 @@ func (f *file) open(has schema, check func(*bbolt.Tx) error) (err error) {
 	case errors.Is(err, bolterrors.ErrTimeout):
 		return fmt.Errorf("%w: %s (waited %s)", ErrLocked, f.path, lockWait)
 	case isFull(err):
-		return fmt.Errorf("open file of pulls: %w: %w", ErrFull, err)
+		return fmt.Errorf("open %s: %w: %w", f.path, ErrFull, err)
 	case errors.As(err, new(syscall.Errno)): // no permission, no space, a folder
-		return fmt.Errorf("open file of pulls: %w", err)
+		return fmt.Errorf("open %s: %w", f.path, err)
 	case err != nil:
 		return fmt.Errorf("%w: %s: %w", ErrDamaged, f.path, err)
 	}
 	f.db.MaxBatchDelay = gather
-	if err := f.inspect(has, check); err != nil {
+	if err := f.inspect(has); err != nil {
 		return errors.Join(err, f.db.Close())
 	}
 	return nil
 }
 
 // inspect makes the buckets of a new or older file, and looks at what a cut or foreign one would lack.
-func (f *file) inspect(has schema, check func(*bbolt.Tx) error) error {
+func (f *File) inspect(has Schema) error {
 	info, err := os.Stat(f.path)
 	if err != nil {
-		return fmt.Errorf("open file of pulls: %w", err)
+		return fmt.Errorf("open %s: %w", f.path, err)
 	}
 	fresh := false
 	err = f.db.View(func(bt *bbolt.Tx) error {
@@ -125,56 +154,72 @@ func (f *file) inspect(has schema, check func(*bbolt.Tx) error) error {
 			fresh = true
 			return nil
 		}
-		m := bt.Bucket(bucketMeta)
-		if m != nil && has.older != "" && string(m.Get(keyFormat)) == has.older {
+		m := bt.Bucket(Meta)
+		if m != nil && has.Older != "" && string(m.Get(Format)) == has.Older {
 			fresh = true
-			return check(bt)
+			return f.check(bt, has)
 		}
-		if m == nil || string(m.Get(keyFormat)) != has.format {
-			return fmt.Errorf("%w: %s is not in the format %q", ErrDamaged, f.path, has.format)
+		if m == nil || string(m.Get(Format)) != has.Format {
+			return fmt.Errorf("%w: %s is not in the format %q", ErrDamaged, f.path, has.Format)
 		}
-		for _, name := range has.buckets {
+		for _, name := range has.Buckets {
 			if bt.Bucket(name) == nil {
 				return fmt.Errorf("%w: %s lacks its table %q", ErrDamaged, f.path, name)
 			}
 		}
-		return check(bt)
+		return f.check(bt, has)
 	})
 	if err != nil || !fresh {
 		return err
 	}
 	err = f.db.Update(func(bt *bbolt.Tx) error {
-		for _, name := range append([][]byte{bucketMeta}, has.buckets...) {
+		for _, name := range append([][]byte{Meta}, has.Buckets...) {
 			if _, err := bt.CreateBucketIfNotExists(name); err != nil {
 				return err
 			}
 		}
-		return bt.Bucket(bucketMeta).Put(keyFormat, []byte(has.format))
+		return bt.Bucket(Meta).Put(Format, []byte(has.Format))
 	})
 	if isFull(err) {
 		err = fmt.Errorf("%w: %w", ErrFull, err)
 	}
 	if err != nil {
-		return fmt.Errorf("make file of pulls %s: %w", f.path, err)
+		return fmt.Errorf("make %s: %w", f.path, err)
 	}
 	return nil
+}
+
+// check looks at an old file's rows, and below them.
+func (f *File) check(bt *bbolt.Tx, has Schema) error {
+	if has.Check != nil {
+		if err := has.Check(bt); err != nil {
+			return err
+		}
+	}
+	if !has.Pages {
+		return nil
+	}
+	return f.CheckPages(bt)
+}
+
+// CheckPages says what is wrong below the rows.
+func (f *File) CheckPages(bt *bbolt.Tx) error {
+	var first error
+	for err := range bt.Check() { // to its end, for it reads the transaction
+		if first == nil {
+			first = fmt.Errorf("%w: %s: %w", ErrDamaged, f.path, err)
+		}
+	}
+	return first
 }
 
 func isFull(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
-func syncFolder(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
-
 // guard turns a panic of bbolt, which panics on pages that make no sense, or a memory
 // fault in the mapped file (one that was cut) into an error.
-func (f *file) guard(err *error) {
+func (f *File) guard(err *error) {
 	if p := recover(); p != nil {
 		*err = fmt.Errorf("%w: %s: panic: %v (start accel again)", ErrDamaged, f.path, p)
 		f.mu.Lock()
@@ -183,7 +228,7 @@ func (f *file) guard(err *error) {
 	}
 }
 
-func (f *file) usable() error {
+func (f *File) usable() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.closed {
@@ -192,7 +237,8 @@ func (f *file) usable() error {
 	return f.failed
 }
 
-func (f *file) view(fn func(*bbolt.Tx) error) (err error) {
+// View runs fn in a transaction that reads.
+func (f *File) View(fn func(*bbolt.Tx) error) (err error) {
 	if err := f.usable(); err != nil {
 		return err
 	}
@@ -201,9 +247,9 @@ func (f *file) view(fn func(*bbolt.Tx) error) (err error) {
 	return f.db.View(fn)
 }
 
-// update runs fn in a transaction that is durable when it returns nil, together with
+// Update runs fn in a transaction that is durable when it returns nil, together with
 // other callers'. fn may be run more than once. ErrFull where there is no room.
-func (f *file) update(fn func(*bbolt.Tx) error) (err error) {
+func (f *File) Update(fn func(*bbolt.Tx) error) (err error) {
 	if err := f.usable(); err != nil {
 		return err
 	}
@@ -218,8 +264,8 @@ func (f *file) update(fn func(*bbolt.Tx) error) (err error) {
 	return err
 }
 
-// close waits for running calls. A second close is no error.
-func (f *file) close() error {
+// Close waits for running calls. A second Close is no error.
+func (f *File) Close() error {
 	f.mu.Lock()
 	closed, failed := f.closed, f.failed
 	f.closed = true
@@ -231,7 +277,7 @@ func (f *file) close() error {
 		return f.raw.Close() // gives the lock back; the rest might hang
 	}
 	if err := f.db.Close(); err != nil {
-		return fmt.Errorf("close file of pulls %s: %w", f.path, err)
+		return fmt.Errorf("close %s: %w", f.path, err)
 	}
 	return nil
 }
