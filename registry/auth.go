@@ -31,7 +31,8 @@ type authority struct {
 	timeout  time.Duration // for one look-up with its requests
 
 	mu       sync.Mutex
-	sessions map[string]*session // by scopes
+	sessions map[string]*session  // by scopes
+	last     *transport.Challenge // that the registry gave; nil: none is known
 }
 
 // session is the outcome of one look-up of credentials and token exchange.
@@ -44,8 +45,9 @@ type session struct {
 
 // current returns the session for scopes, made anew where there is none and
 // where its token nears its end. challenge is the registry's WWW-Authenticate
-// answer, nil where it is not known.
-func (a *authority) current(ctx context.Context, path string, scopes []string, challenge *transport.Challenge) (*session, error) {
+// answer, nil where it is not known. guess: a refusal is no loss, so that the
+// registry is not asked first how it wants to be authenticated to.
+func (a *authority) current(ctx context.Context, path string, scopes []string, challenge *transport.Challenge, guess bool) (*session, error) {
 	key := strings.Join(scopes, " ")
 	for {
 		a.mu.Lock()
@@ -57,7 +59,7 @@ func (a *authority) current(ctx context.Context, path string, scopes []string, c
 			s = &session{done: make(chan struct{})}
 			a.sessions[key] = s
 			a.mu.Unlock()
-			a.open(ctx, s, path, scopes, challenge)
+			a.open(ctx, s, path, scopes, challenge, guess)
 			return s, s.err
 		}
 		a.mu.Unlock()
@@ -76,9 +78,9 @@ func (a *authority) current(ctx context.Context, path string, scopes []string, c
 // errAbandoned: the caller that was opening a session gave up.
 var errAbandoned = errors.New("the look-up of credentials was abandoned")
 
-func (a *authority) open(ctx context.Context, s *session, path string, scopes []string, challenge *transport.Challenge) {
+func (a *authority) open(ctx context.Context, s *session, path string, scopes []string, challenge *transport.Challenge, guess bool) {
 	defer close(s.done)
-	s.header, s.renew, s.err = a.authorize(ctx, path, scopes, challenge)
+	s.header, s.renew, s.err = a.authorize(ctx, path, scopes, challenge, guess)
 	if s.err == nil {
 		return
 	}
@@ -106,14 +108,30 @@ func (s *session) expired() bool {
 	}
 }
 
-func (a *authority) authorize(ctx context.Context, path string, scopes []string, challenge *transport.Challenge) (header string, renew time.Time, err error) {
+// authorize looks credentials up and gets the header for them. A registry is asked once how it wants that, and not
+// at all before a guess where there are no credentials: most of those let anybody read, and the others' refusal says how.
+func (a *authority) authorize(ctx context.Context, path string, scopes []string, challenge *transport.Challenge, guess bool) (header string, renew time.Time, err error) {
 	ctx, cancel := context.WithTimeout(ctx, a.timeout)
 	defer cancel()
+	defer func() {
+		if err != nil {
+			a.learn(nil)
+		}
+	}()
+	if challenge == nil && guess {
+		challenge = a.learned()
+		if challenge == nil {
+			if config, err := lookUp(ctx, a.keychain, resource{a.host.wire, path}); err == nil && *config == (authn.AuthConfig{}) {
+				return "", time.Time{}, nil
+			}
+		}
+	}
 	if challenge == nil {
 		if challenge, err = a.ping(ctx); err != nil {
 			return "", time.Time{}, err
 		}
 	}
+	a.learn(challenge)
 	if challenge.Scheme == "" {
 		return "", time.Time{}, nil
 	}
@@ -131,6 +149,18 @@ func (a *authority) authorize(ctx context.Context, path string, scopes []string,
 	default:
 		return "", time.Time{}, fmt.Errorf("%w: %s asks for authentication scheme %q; only Basic and Bearer are known", accel.ErrUnauthenticated, a.host.name, challenge.Scheme)
 	}
+}
+
+func (a *authority) learn(c *transport.Challenge) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.last = c
+}
+
+func (a *authority) learned() *transport.Challenge {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.last
 }
 
 // exchange has the registry's token service give a token for the credentials.

@@ -99,10 +99,10 @@ func (c *Client) once(ctx context.Context, r repo, req request) (*http.Response,
 	if r.authorization != "" {
 		return c.verbatim(ctx, r, req)
 	}
-	scopes := req.scopes
+	scopes, reads := req.scopes, req.method == http.MethodGet || req.method == http.MethodHead
 	var challenge *transport.Challenge
 	for refusals := 0; ; refusals++ {
-		s, err := r.auth.current(ctx, r.path, scopes, challenge)
+		s, err := r.auth.current(ctx, r.path, scopes, challenge, reads && refusals == 0)
 		if err != nil {
 			return nil, err
 		}
