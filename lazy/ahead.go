@@ -1,10 +1,12 @@
 package lazy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"accel"
@@ -44,6 +46,7 @@ type span struct{ first, n int }
 
 // fetchAhead plans by the profile and has the plan fetched before all that nobody waits for.
 func (l *Lazy) fetchAhead(ctx context.Context, img *image, answer <-chan found) {
+	defer func() { img.layouts = nil }() // they take memory
 	f := <-answer
 	if l.starts.isPlain(img.manifest) {
 		return
@@ -103,7 +106,12 @@ func (l *Lazy) plan(img *image, f found) (*wave, []prefetch.Piece, error) {
 		if !named[n] || open[n].Complete() {
 			continue
 		}
-		if layers[n], err = profileLayer(y.Digest, open[n].stored.Files(), t); err != nil {
+		if made := img.layouts[n]; made != nil {
+			layers[n], err = layoutLayer(y.Digest, made, n, f.Items, t)
+		} else {
+			layers[n], err = profileLayer(y.Digest, open[n].stored.Files(), t)
+		}
+		if err != nil {
 			return nil, nil, err
 		}
 	}
@@ -131,6 +139,32 @@ func (l *Lazy) plan(img *image, f found) (*wave, []prefetch.Piece, error) {
 		w.Requests++
 	}
 	return w, pieces, nil
+}
+
+// layoutLayer is profileLayer for the files alone that the items of layer n name.
+func layoutLayer(d digest.Digest, made *lazyfs.Layout, n int, items []accel.ProfileItem, t *lazyfs.Table) (*profile.Layer, error) {
+	seen := map[string]bool{}
+	var entries []lazyfs.Entry
+	for _, i := range items {
+		if i.Layer != n || seen[i.Path] {
+			continue
+		}
+		seen[i.Path] = true
+		if e, ok := made.File(i.Path); ok {
+			entries = append(entries, e)
+		}
+	}
+	slices.SortFunc(entries, func(a, b lazyfs.Entry) int {
+		return cmp.Or(cmp.Compare(a.Offset, b.Offset), cmp.Compare(a.InnerOffset, b.InnerOffset))
+	})
+	return profile.NewLayerOf(d, func(do func(profile.TOCEntry) error) error {
+		for _, e := range entries {
+			if err := do(profile.TOCEntry(e)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}, t)
 }
 
 // profileLayer joins a layer's TOC with its table, which the caller keeps open.

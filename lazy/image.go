@@ -12,6 +12,7 @@ import (
 
 	"accel"
 	"accel/cache"
+	"accel/lazyfs"
 	"accel/registry"
 
 	"github.com/google/go-containerregistry/pkg/v1/types"
@@ -38,6 +39,7 @@ type image struct {
 	manifest   digest.Digest
 	layers     []layer
 	chains     map[digest.Digest]int // chain ID -> index into layers
+	layouts    []*lazyfs.Layout      // of layers whose files were made just now, until the start is planned
 	planned    chan struct{}         // closed when wave is what it will be
 	cold       bool                  // something of it was missing when it was looked at
 	wave       atomic.Pointer[wave]  // nil: nothing was fetched ahead

@@ -20,24 +20,28 @@ import (
 // prepare opens all layers of an image at once, so that mounting them takes no time, and
 // filling them has begun.
 func (l *Lazy) prepare(ctx context.Context, img *image) error {
+	img.layouts = make([]*lazyfs.Layout, len(img.layers))
 	g, ctx := errgroup.WithContext(ctx)
-	for _, y := range img.layers {
-		g.Go(func() error { return l.openLayer(ctx, y.Digest, &y.origin) })
+	for n, y := range img.layers {
+		g.Go(func() (err error) {
+			img.layouts[n], err = l.openLayer(ctx, y.Digest, &y.origin)
+			return err
+		})
 	}
 	return g.Wait()
 }
 
 // openLayer makes a layer ready to be mounted. said is what an image says of it; nil: what is known
-// already has to do.
-func (l *Lazy) openLayer(ctx context.Context, d digest.Digest, said *origin) error {
+// already has to do. Where its files were made for it, what they hold is returned, as it is in memory.
+func (l *Lazy) openLayer(ctx context.Context, d digest.Digest, said *origin) (made *lazyfs.Layout, err error) {
 	unlock, err := l.locks.Lock(ctx, d.String())
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer unlock()
 	o, err := l.knownOrigin(d, said)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	l.mu.Lock()
 	y := l.open[d]
@@ -48,17 +52,17 @@ func (l *Lazy) openLayer(ctx context.Context, d digest.Digest, said *origin) err
 	if y != nil {
 		y.stored.Use()
 		l.wantCheck(y)
-		return nil
+		return nil, nil
 	}
 	stored, err := l.o.Store.Layer(d)
 	if errors.Is(err, accel.ErrNotFound) {
-		stored, err = l.create(ctx, d, &o)
+		stored, made, err = l.create(ctx, d, &o)
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	stored.Use()
-	return l.add(d, stored, o, said != nil)
+	return made, l.add(d, stored, o, said != nil)
 }
 
 // knownOrigin joins what is said of a layer with what is known, and keeps it.
@@ -87,35 +91,36 @@ func (l *Lazy) knownOrigin(d digest.Digest, said *origin) (origin, error) {
 }
 
 // create makes a layer's files in the store from its TOC. It completes o.
-func (l *Lazy) create(ctx context.Context, d digest.Digest, o *origin) (*cache.Layer, error) {
+func (l *Lazy) create(ctx context.Context, d digest.Digest, o *origin) (*cache.Layer, *lazyfs.Layout, error) {
 	select {
 	case l.slots <- struct{}{}:
 		defer func() { <-l.slots }()
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return nil, nil, ctx.Err()
 	}
 	began := time.Now()
 	packed, json, offset, err := l.fetchTOC(ctx, d, *o)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	fetched := time.Since(began)
 	o.TOCOffset = offset
 	layout, err := lazyfs.Build(json, offset)
 	if err != nil {
-		return nil, declined("layer %s: %v", d, err)
+		return nil, nil, declined("layer %s: %v", d, err)
 	}
 	built := time.Since(began)
 	defer func() {
 		l.o.Log.Debug("a layer's files were made", "layer", d, "tocBytes", len(packed), "fetched", fetched, "built", built, "kept", time.Since(began))
 	}()
 	info := cache.LayerInfo{Chunks: layout.Chunks(), DataBytes: layout.DataBytes(), FilesBytes: layout.FilesBytes() - layout.DataBytes() + int64(len(packed))}
-	return l.o.Store.CreateLayer(ctx, d, info, func(f cache.LayerFiles) error {
+	stored, err := l.o.Store.CreateLayer(ctx, d, info, func(f cache.LayerFiles) error {
 		if err := os.WriteFile(f.TOC, packed, 0o600); err != nil {
 			return err
 		}
 		return layout.Store(lazyfs.Files{Meta: f.Meta, Table: f.Table, Data: f.Data})
 	})
+	return stored, layout, err
 }
 
 // fetchTOC tries the repositories that have the layer.
@@ -191,7 +196,7 @@ func (l *Lazy) Mount(ctx context.Context, d digest.Digest, target string) error 
 }
 
 func (l *Lazy) mount(ctx context.Context, d digest.Digest, target string) error {
-	if err := l.openLayer(ctx, d, nil); err != nil {
+	if _, err := l.openLayer(ctx, d, nil); err != nil {
 		return err
 	}
 	l.mu.Lock()

@@ -3,13 +3,13 @@ package lazy
 import (
 	"archive/tar"
 	"bytes"
-	"compress/gzip"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"strconv"
 
+	"accel/internal/deflate"
 	"accel/registry"
 
 	"github.com/containerd/stargz-snapshotter/estargz"
@@ -103,12 +103,7 @@ func (l *Lazy) ranged(ctx context.Context, source *registry.Source, d digest.Dig
 
 // unpackTOC takes the JSON out of the gzip member and its tar entry.
 func unpackTOC(packed []byte) ([]byte, error) {
-	zr, err := gzip.NewReader(bytes.NewReader(packed))
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errTOC, err)
-	}
-	zr.Multistream(false)
-	tr := tar.NewReader(zr)
+	tr := tar.NewReader(deflate.NewReader(bytes.NewReader(packed)))
 	h, err := tr.Next()
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errTOC, err)

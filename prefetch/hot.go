@@ -159,7 +159,7 @@ func (f *Filler) launchRun(r hotRun, now time.Time) (rest int) {
 		if !k.takesHot() || now.Before(l.pausedUntil) {
 			return m
 		}
-		end := l.run(m, r.end, hotFlightBytes, k.bridge(), nil)
+		end := l.run(m, r.end, hotFlightBytes, k.hotBridge(), nil)
 		f.start(l, hot, m, m, end)
 		m = end
 	}
@@ -206,7 +206,7 @@ func runsOf(wants []want) []hotRun {
 	for _, l := range layers {
 		at := first[l]
 		slices.SortFunc(at, func(a, b int) int { return wants[a].m - wants[b].m })
-		bridge := l.link.bridge()
+		bridge := l.link.hotBridge()
 		for k, i := range at {
 			m := wants[i].m
 			offset, end := l.span(m)

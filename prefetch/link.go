@@ -148,6 +148,8 @@ const (
 	firstWindowBytes = 2 << 20
 	leastBridgeBytes = 16 << 10
 	mostBridgeBytes  = 1 << 20
+	// mostHotBridgeBytes is what one processor inflates and hashes in about a millisecond.
+	mostHotBridgeBytes = 64 << 10
 )
 
 // window is how much a miss of which nothing else is known asks for: what doubles its time at most.
@@ -155,6 +157,12 @@ func (k *link) window() int64 { return min(max(k.latencyBytes(), leastWindowByte
 
 // bridge is how many bytes are rather read over than asked around.
 func (k *link) bridge() int64 { return min(max(k.latencyBytes()/2, leastBridgeBytes), mostBridgeBytes) }
+
+// hotBridge is the same for what is fetched ahead, by many connections at a time: a request more costs little, and what is
+// read over has to be inflated on the processors that the start wants.
+func (k *link) hotBridge() int64 {
+	return min(max(k.latencyBytes()*othersShare/mostHotConnections/2, leastBridgeBytes), mostHotBridgeBytes)
+}
 
 // patience is how long a request may bring nothing.
 func (k *link) patience(most time.Duration) time.Duration {

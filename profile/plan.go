@@ -13,15 +13,15 @@ type Limits struct {
 	HotBytes int64
 	// RequestBytes is what one more request costs, in bytes of the blob that would have
 	// come in that time: the link's latency times its rate. Chunks that are not hot
-	// are fetched along where the gap is smaller. 0 means 256 KiB, the cost at 20 ms and
-	// 100 Mbit/s.
+	// are fetched along where the gap is smaller. 0 means 16 KiB, the cost of one more of 16 requests
+	// at a time at 20 ms and 100 Mbit/s.
 	RequestBytes int64
 	// Has says that a chunk is there already; nil: none is.
 	Has func(layer, chunk int) bool
 }
 
 const (
-	defaultRequestBytes = 256 << 10
+	defaultRequestBytes = 16 << 10
 	// maxRequestBytes: a range ends here, so that it can go over several connections.
 	maxRequestBytes = 8 << 20
 	// Chunks are grouped into requests within a window of their first use, lest what is

@@ -28,6 +28,7 @@ type host struct {
 	containerd  *testbed.Containerd
 	daemon      *daemon // nil where containerd does it by itself
 	snapshotter string
+	hostsDir    string // hosts.toml files for containerd
 	dir         string // the daemon's; removed with it
 }
 
@@ -43,7 +44,8 @@ func (b *bed) startHost(ctx context.Context, s system) (_ *host, err error) {
 			err = errors.Join(fmt.Errorf("start a host of %s: %w", s, err), h.close())
 		}
 	}()
-	o := testbed.ContainerdOptions{Version: testbed.Containerd2, HostsDir: filepath.Join(h.dir, "certs.d")}
+	h.hostsDir = filepath.Join(h.dir, "certs.d")
+	o := testbed.ContainerdOptions{Version: testbed.Containerd2, HostsDir: h.hostsDir}
 	socket := filepath.Join(h.dir, "snapshots.sock")
 	switch s {
 	case overlayfs:

@@ -53,9 +53,10 @@ type sample struct {
 
 func (s sample) total() float64 { return s.PullSeconds + s.StartSeconds }
 
-// pull is by containerd's transfer service.
+// pull is by containerd's transfer service. ctr has to be told of the hosts.toml files that the CRI plugin finds in
+// containerd's configuration.
 func (h *host) pull(ctx context.Context, reference string) error {
-	_, err := h.containerd.Ctr(ctx, "images", "pull", "--snapshotter", h.snapshotter, reference)
+	_, err := h.containerd.Ctr(ctx, "images", "pull", "--hosts-dir", h.hostsDir, "--snapshotter", h.snapshotter, reference)
 	return h.explained(err)
 }
 
