@@ -58,8 +58,8 @@ func declined(format string, args ...any) error {
 
 // resolve finds out how an image is mounted. The source manifest is asked for in every case: who cannot read
 // it may not have what stands in for it either.
-func (l *Lazy) resolve(ctx context.Context, name string, there *attached) (*image, error) {
-	source, manifest := there.source, there.manifest
+func (l *Lazy) resolve(ctx context.Context, name string, p *prospect) (*image, error) {
+	source, manifest := p.there.source, p.there.manifest
 	var (
 		g       errgroup.Group
 		content ocispec.Manifest
@@ -71,7 +71,7 @@ func (l *Lazy) resolve(ctx context.Context, name string, there *attached) (*imag
 		return err
 	})
 	g.Go(func() error {
-		m, mapErr = l.mapping(ctx, there)
+		m, mapErr = p.mapping(ctx)
 		return nil
 	})
 	if err := g.Wait(); err != nil {

@@ -100,7 +100,9 @@ type Lazy struct {
 	running context.Context // Run's; nil: it does not run
 	work    sync.WaitGroup  // what was begun under it
 	answers *lru.Cache[imageKey, *answer]
-	open    map[digest.Digest]*openLayer
+	// expected images are likely to be asked for; see Expect.
+	expected map[imageKey]*prospect
+	open     map[digest.Digest]*openLayer
 }
 
 // openLayer is a layer that the mounts have, or are about to.
@@ -134,7 +136,7 @@ func New(o Options) (*Lazy, error) {
 	if o.Dir == "" || o.RunDir == "" || o.Store == nil || o.Registry == nil || o.Keys == nil || len(o.Holder) == 0 {
 		return nil, fmt.Errorf("%w: lazy mounts need folders, a store, registries, keys and a holder", accel.ErrInvalid)
 	}
-	l := &Lazy{o: o, origins: origins{filepath.Join(o.Dir, "origins")}, slots: make(chan struct{}, openings), checks: make(chan digest.Digest, 1024), open: map[digest.Digest]*openLayer{}}
+	l := &Lazy{o: o, origins: origins{filepath.Join(o.Dir, "origins")}, slots: make(chan struct{}, openings), checks: make(chan digest.Digest, 1024), open: map[digest.Digest]*openLayer{}, expected: map[imageKey]*prospect{}}
 	l.pulls = pulls{record: o.Record, counts: l.counts, under: map[digest.Digest]*pull{}}
 	if o.Record == nil {
 		l.pulls.record = func(accel.Pull) {}
@@ -356,14 +358,13 @@ func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey, k
 	if err != nil {
 		return nil, declined("registry of %s: %v", key.repository, err)
 	}
-	searching, cancel := context.WithTimeout(running, resolveTime)
-	there := l.attachedTo(searching, source, key.manifest)
-	found := l.lookForProfile(searching, there)
+	p := l.prospect(running, source, key)
+	cancel := p.cancel
 	var img *image
 	if known != nil {
 		img = &image{name: name, repository: known.repository, manifest: known.manifest, layers: known.layers, chains: known.chains}
 	} else {
-		img, err = l.resolve(ctx, name, there)
+		img, err = l.resolve(ctx, name, p)
 	}
 	if err != nil {
 		cancel()
@@ -391,7 +392,7 @@ func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey, k
 	l.work.Go(func() {
 		defer cancel()
 		defer close(img.planned)
-		l.fetchAhead(searching, img, found)
+		l.fetchAhead(p.ctx, img, p.profile)
 		late.Stop()
 		release()
 	})

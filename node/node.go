@@ -139,7 +139,7 @@ func (n *Node) open() (err error) {
 		return err
 	}
 	n.mirror, err = mirror.New(mirror.Options{
-		Store: n.store, Registry: o.Registry, Begin: n.meter.Begin, Default: o.DefaultRegistry,
+		Store: n.store, Registry: o.Registry, Begin: n.meter.Begin, Observe: n.passed, Default: o.DefaultRegistry,
 		TagTTL: o.TagTTL, GrantTTL: o.GrantTTL, GrantGrace: o.GrantGrace, Key: key,
 		AnswerPatience: o.AnswerPatience, StallPatience: o.StallPatience,
 		Registerer: o.Metrics, Log: o.Log, Now: o.Now,
@@ -162,6 +162,14 @@ func (n *Node) open() (err error) {
 		}
 	}
 	return nil
+}
+
+// passed sees what a client got from the mirror. Who gets an image's manifest by its digest is about to pull it, and if that is
+// containerd, it asks for the first layer's snapshot next.
+func (n *Node) passed(t accel.Transfer) {
+	if n.mounts != nil && t.Complete && t.Tag == "" && t.Manifest != nil && t.Manifest.Config != "" {
+		n.mounts.lazy.Expect(t.Repository, t.Digest)
+	}
 }
 
 // storeDir is where the store is in a node's folder.

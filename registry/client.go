@@ -18,6 +18,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"accel"
@@ -89,6 +90,8 @@ type host struct {
 	scheme    string
 	transport *http.Transport
 	auth      *authority
+	// listsReferrers: it has answered as one with the referrers API, last time.
+	listsReferrers atomic.Bool
 }
 
 // dockerHub has three names in use. Repository strings have the first, requests

@@ -122,13 +122,7 @@ func (c *Client) Referrers(ctx context.Context, repository string, subject diges
 }
 
 func (c *Client) referrers(ctx context.Context, r repo, subject digest.Digest, artifactType string) ([]v1.Descriptor, error) {
-	all, err := c.referrersAPI(ctx, r, subject.String())
-	if errors.Is(err, errNoReferrersAPI) {
-		var tag fallback
-		if tag, err = c.fallback(ctx, r, subject.String()); err == nil {
-			all, err = tag.descriptors()
-		}
-	}
+	all, err := c.allReferrers(ctx, r, subject.String())
 	if err != nil {
 		return nil, fmt.Errorf("list what refers to %s@%s: %w", r, subject, err)
 	}
@@ -152,6 +146,47 @@ func (c *Client) referrers(ctx context.Context, r repo, subject digest.Digest, a
 		}
 	}
 	return found, nil
+}
+
+// allReferrers asks the referrers API, and at the same time for the fallback tag, unless the host has shown that it has
+// the API: a start waits for the answer.
+func (c *Client) allReferrers(ctx context.Context, r repo, subject string) ([]v1.Descriptor, error) {
+	type answer struct {
+		all []v1.Descriptor
+		err error
+	}
+	bounded, cancel := context.WithCancel(ctx)
+	defer cancel()
+	tagged := make(chan answer, 1)
+	ask := func() {
+		var all []v1.Descriptor
+		tag, err := c.fallback(bounded, r, subject)
+		if err == nil {
+			all, err = tag.descriptors()
+		}
+		tagged <- answer{all, err}
+	}
+	known := r.listsReferrers.Load()
+	if !known {
+		go ask()
+	}
+	all, err := c.referrersAPI(ctx, r, subject)
+	switch {
+	case errors.Is(err, errNoReferrersAPI):
+		r.listsReferrers.Store(false)
+		if known {
+			go ask()
+		}
+		a := <-tagged
+		return a.all, a.err
+	case err == nil:
+		r.listsReferrers.Store(true)
+	}
+	if !known {
+		cancel()
+		<-tagged
+	}
+	return all, err
 }
 
 var errNoReferrersAPI = errors.New("the registry has no referrers API")
