@@ -15,6 +15,8 @@ const (
 	// expectedTime is how long an image that is expected is waited for, and maxExpected how many are at a time.
 	expectedTime = 15 * time.Second
 	maxExpected  = 16
+	// warmConnections are made ready for the layers' TOCs and what the start reads first.
+	warmConnections = 8
 )
 
 // prospect is what is known of an image beside its manifest, or is being asked for: all questions go out at once.
@@ -79,7 +81,7 @@ func (l *Lazy) look(running context.Context, source *registry.Source, manifest d
 }
 
 // Expect says that an image is likely to be asked for: a client has just got its manifest. What the server and the registry
-// tell of it is asked for meanwhile; nothing is opened or fetched yet. It returns at once.
+// tell of it is asked for meanwhile, and connections are made; nothing is opened or fetched yet. It returns at once.
 func (l *Lazy) Expect(repository string, manifest digest.Digest) {
 	if _, err := l.reference(repository + "@" + manifest.String()); err != nil {
 		return
@@ -96,6 +98,7 @@ func (l *Lazy) Expect(repository string, manifest digest.Digest) {
 	}
 	p := l.look(l.running, source, manifest)
 	l.expected[key] = p
+	l.work.Go(func() { source.Warm(p.ctx, warmConnections) })
 	running := l.running
 	l.work.Go(func() {
 		select {

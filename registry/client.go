@@ -92,6 +92,8 @@ type host struct {
 	auth      *authority
 	// listsReferrers: it has answered as one with the referrers API, last time.
 	listsReferrers atomic.Bool
+	// multiplexed: it has answered over HTTP/2, last time.
+	multiplexed atomic.Bool
 }
 
 // dockerHub has three names in use. Repository strings have the first, requests

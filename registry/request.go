@@ -213,6 +213,9 @@ func (c *Client) send(ctx context.Context, r repo, req request, authorization st
 		}
 		return nil, err
 	}
+	if r.same(resp.Request.URL) {
+		r.multiplexed.Store(resp.ProtoMajor >= 2)
+	}
 	resp.Body = &downloadBody{ReadCloser: resp.Body, ctx: ctx, watch: newStallWatch(c.o.StallTimeout, cancel)}
 	return resp, nil
 }
