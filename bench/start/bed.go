@@ -19,7 +19,11 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 )
+
+// registryDir is where the registry's content is, in a bed's folder.
+const registryDir = "content"
 
 // convertedSuffix of a tag is accel's default for the converted form.
 const convertedSuffix = "-esgz"
@@ -29,13 +33,14 @@ var accelProgram = filepath.Join("bin", "accel")
 // bed is what all hosts have in common: a registry at the far end of a link, and
 // the key that accel's mappings are signed with.
 type bed struct {
-	dir      string // logs, the registry's content, conversions' spill
+	dir      string // logs, the registry's content in memory, conversions' spill
 	keep     bool
 	registry *testbed.Registry
 	link     *testbed.Link
 	client   *registry.Client
 	keys     *trust.Keyring
 	keysFile string   // its public half
+	mounted  string   // the registry's folder
 	hot      []hotSet // of the images that are published
 }
 
@@ -50,7 +55,16 @@ func openBed(ctx context.Context, s setting) (_ *bed, err error) {
 			err = errors.Join(err, b.close())
 		}
 	}()
-	if b.registry, err = testbed.StartRegistry(testbed.RegistryOptions{Dir: b.dir}); err != nil {
+	// The registry stands for another machine, whose page cache is not dropped with the node's.
+	memory := filepath.Join(b.dir, registryDir)
+	if err := os.Mkdir(memory, 0o700); err != nil {
+		return nil, err
+	}
+	if err := unix.Mount("tmpfs", memory, "tmpfs", 0, ""); err != nil {
+		return nil, fmt.Errorf("keep the registry's content in memory: %w", err)
+	}
+	b.mounted = memory
+	if b.registry, err = testbed.StartRegistry(testbed.RegistryOptions{Dir: memory}); err != nil {
 		return nil, err
 	}
 	if b.link, err = testbed.StartLink(b.registry.Host()); err != nil {
@@ -79,6 +93,9 @@ func (b *bed) close() error {
 	}
 	if b.registry != nil {
 		errs = append(errs, b.registry.Close())
+	}
+	if b.mounted != "" {
+		errs = append(errs, unix.Unmount(b.mounted, 0))
 	}
 	if b.keep {
 		fmt.Fprintln(os.Stderr, "kept:", b.dir)

@@ -36,7 +36,7 @@ func main() {
 	list(&s.images, "images", "images to start: all, or of "+strings.Join(names(images), ", "))
 	flag.BoolVar(&s.roundTrips, "round-trips", true, "run accel-profile and stargz-optimised over a first link that is farther away, too, to count round trips")
 	flag.BoolVar(&s.memory, "memory", true, "measure the daemons' memory with 20 images mounted, too")
-	flag.BoolVar(&s.keep, "keep", false, "leave the registry and the daemons' logs in their temporary directory")
+	flag.BoolVar(&s.keep, "keep", false, "leave the daemons' logs in their temporary directory")
 	flag.BoolVar(&s.buildOnly, "build", false, "make what is missing of the images in the cache, and run nothing")
 	list(&s.from, "from", "run nothing: judge what earlier runs have left, in files such as "+runsFile)
 	flag.StringVar(&s.docs, "docs", "", "write tables to this file, such as docs/benchmarks.md, and plots to the folder of that name")
