@@ -16,9 +16,9 @@ import (
 )
 
 // neededRoundTrips are those that no start can spare which begins with a tag, and knows
-// nothing of the image: connect; the tag's digest; the manifest; what refers to it, with the
-// config beside it; the tables of contents; the first content.
-const neededRoundTrips = 6
+// nothing of the image: connect; the manifest; what refers to it, with the config beside it; the
+// tables of contents; the first content.
+const neededRoundTrips = 5
 
 // hotSet is what a start was recorded to read, and how fast one core inflates and hashes it.
 type hotSet struct {
