@@ -47,6 +47,7 @@ type image struct {
 type layer struct {
 	Digest digest.Digest // of the eStargz blob
 	source digest.Digest // of the layer that containerd asks for
+	diffID digest.Digest // what the image's config claims it to be; empty where a mapping is trusted
 	origin origin
 }
 
@@ -143,6 +144,9 @@ func (l *Lazy) fromStargz(ctx context.Context, img *image, source *registry.Sour
 		return declined("image %s has %d layers and %d DiffIDs", img.manifest, len(img.layers), len(diffIDs))
 	}
 	img.chain(diffIDs)
+	for i, d := range diffIDs {
+		img.layers[i].diffID = d
+	}
 	for chain, i := range img.chains {
 		img.layers[i].origin.Claims = append(img.layers[i].origin.Claims, claim{DiffID: diffIDs[i], Chain: chain})
 	}

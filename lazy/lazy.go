@@ -67,7 +67,7 @@ type Options struct {
 	// network; negative: nothing is (prefetch.Options).
 	BackgroundBytesPerSecond int64
 	// SetAside is told of a layer whose image lied about its DiffID, by the chain ID that containerd
-	// knows it by. Nothing may use it any more.
+	// knows it by. Nothing may use it any more. It may be told of one several times; nil: nobody is.
 	SetAside func(ctx context.Context, chain digest.Digest, reason string) error
 	// Remount mounts layers again whose holder has died, for the containers to come.
 	Remount func(ctx context.Context, layers []digest.Digest) error
@@ -87,7 +87,8 @@ type Lazy struct {
 	locks   keylock.Mutex // one for each layer
 	turns   keylock.Mutex // one for each layer: how it is mounted, by the plain file or through the holder
 	slots   chan struct{}
-	checks  chan digest.Digest // complete layers whose DiffID is to be computed
+	checks  chan digest.Digest // layers whose DiffID is to be computed
+	liars   liars
 	pulls   pulls
 	rates   rates
 
@@ -136,11 +137,15 @@ func New(o Options) (*Lazy, error) {
 	}
 	l := &Lazy{o: o, origins: origins{filepath.Join(o.Dir, "origins")}, slots: make(chan struct{}, openings), checks: make(chan digest.Digest, 1024), open: map[digest.Digest]*openLayer{}}
 	l.pulls = pulls{record: o.Record, counts: l.counts, under: map[digest.Digest]*pull{}}
+	if o.SetAside == nil {
+		l.o.SetAside = func(context.Context, digest.Digest, string) error { return nil }
+	}
 	if o.Record == nil {
 		l.pulls.record = func(accel.Pull) {}
 	}
+	l.liars.dir = filepath.Join(o.Dir, "liars")
 	l.profiles.dir, l.reports = filepath.Join(o.Dir, "profiles"), reports{filepath.Join(o.Dir, "starts"), make(chan struct{}, 1)}
-	for _, dir := range []string{l.origins.dir, l.profiles.dir, l.reports.dir} {
+	for _, dir := range []string{l.origins.dir, l.liars.dir, l.profiles.dir, l.reports.dir} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
 		}
@@ -244,6 +249,9 @@ func (l *Lazy) Layer(ctx context.Context, r snapshot.Request) (snapshot.Lazy, er
 		return snapshot.Lazy{}, declined("containerd does not say which manifest of %s it pulls: are annotations for snapshotters disabled?", r.Reference)
 	}
 	img, err := l.image(ctx, imageKey{ref.Name(), r.Manifest}, r.Reference)
+	if err == nil {
+		err = l.honest(img) // the answer may be older than what is known of a layer
+	}
 	if err != nil {
 		return snapshot.Lazy{}, err
 	}
@@ -364,6 +372,9 @@ func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey, k
 		img = &image{name: name, repository: known.repository, manifest: known.manifest, layers: known.layers, chains: known.chains}
 	} else {
 		img, err = l.resolve(ctx, name, there)
+	}
+	if err == nil {
+		err = l.recall(img)
 	}
 	if err != nil {
 		cancel()

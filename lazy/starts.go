@@ -253,9 +253,14 @@ func (s *starts) more(manifest digest.Digest, wanted bool) {
 	}
 }
 
-// Observe takes what package snapshot tells: a container is about to start.
+// Observe takes what package snapshot tells: a layer has its snapshot, or a container is about to start.
 func (l *Lazy) Observe(e snapshot.Event) {
-	if e.Kind != snapshot.KindPrepared {
+	switch e.Kind {
+	case snapshot.KindMounted, snapshot.KindShared:
+		l.placed(e)
+		return
+	case snapshot.KindPrepared:
+	default:
 		return
 	}
 	l.mu.Lock()
