@@ -187,6 +187,25 @@ func (b *bed) put(path string, contentType string, content []byte) {
 	}
 }
 
+// get reads something of the registry.
+func (b *bed) get(path string) []byte {
+	b.t.Helper()
+	req, err := http.NewRequestWithContext(b.t.Context(), http.MethodGet, "http://"+b.host+path, http.NoBody)
+	must(b.t, err)
+	res, err := (&http.Client{Transport: b.http}).Do(req)
+	must(b.t, err)
+	raw, err := io.ReadAll(res.Body)
+	must(b.t, errors.Join(err, res.Body.Close()))
+	return raw
+}
+
+// forgetAnswers has images looked at anew.
+func (b *bed) forgetAnswers() {
+	b.lazy.mu.Lock()
+	defer b.lazy.mu.Unlock()
+	b.lazy.answers.Purge()
+}
+
 func (b *bed) putBlob(repository string, content []byte) {
 	b.t.Helper()
 	b.put(fmt.Sprintf("/v2/%s/blobs/uploads/1?digest=%s", repository, digest.FromBytes(content)), "application/octet-stream", content)

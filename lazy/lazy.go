@@ -1,6 +1,7 @@
 package lazy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -60,6 +61,11 @@ type Options struct {
 	Keys     *Keys
 	// Off makes every new pull an ordinary one; what is mounted stays.
 	Off bool
+	// Own is what the store's grants have for the node's own credentials (mirror.OwnClient); empty: registries are asked
+	// every time. GrantTTL and GrantGrace are for how long such a grant counts, as in mirror.Options: 0 is the default
+	// of 5 min and 24 h, negative not at all.
+	Own                  string
+	GrantTTL, GrantGrace time.Duration
 	// Except are globs of repositories ("host/path") that are never mounted lazily, Stargz those whose
 	// images may be mounted as they are where they are eStargz themselves.
 	Except, Stargz []string
@@ -137,6 +143,8 @@ func New(o Options) (*Lazy, error) {
 	}
 	l := &Lazy{o: o, origins: origins{filepath.Join(o.Dir, "origins")}, slots: make(chan struct{}, openings), checks: make(chan digest.Digest, 1024), open: map[digest.Digest]*openLayer{}}
 	l.pulls = pulls{record: o.Record, counts: l.counts, under: map[digest.Digest]*pull{}}
+	l.o.GrantTTL = cmp.Or(o.GrantTTL, defaultGrantTTL)
+	l.o.GrantGrace = cmp.Or(o.GrantGrace, defaultGrantGrace)
 	if o.SetAside == nil {
 		l.o.SetAside = func(context.Context, digest.Digest, string) error { return nil }
 	}

@@ -13,6 +13,7 @@ import (
 	"accel"
 	"accel/cache"
 	"accel/lazy"
+	"accel/mirror"
 	"accel/snapshot"
 
 	"github.com/opencontainers/go-digest"
@@ -68,6 +69,7 @@ func (n *Node) openMounts(ctx context.Context) (_ *mounts, err error) {
 	m.lazy, err = lazy.New(lazy.Options{
 		Dir: filepath.Join(n.o.Dir, "lazy"), RunDir: o.RunDir, Version: n.o.Version, Node: n.o.Name, Holder: o.Holder,
 		Store: n.store, Registry: n.o.Registry, Server: n.o.Server, Keys: keys,
+		Own: mirror.OwnClient, GrantTTL: n.o.GrantTTL, GrantGrace: n.o.GrantGrace,
 		Off: o.Off, Except: o.Except, Stargz: o.Stargz, BackgroundBytesPerSecond: o.BackgroundBytesPerSecond,
 		SetAside: m.setAside, Remount: m.remount, Record: n.meter.Record, Registerer: n.o.Metrics, Log: n.o.Log,
 	})
