@@ -116,7 +116,9 @@ func TestGrantsOfClientsOpenNothing(t *testing.T) {
 
 	b.forgetAnswers()
 	must(t, b.stored.Grant(repository, "node", time.Now()))
-	b.answerWith(http.StatusForbidden, func(r *http.Request) bool { return inside("team/private")(r) && strings.Contains(r.URL.Path, "/manifests/sha256:") })
+	b.answerWith(http.StatusForbidden, func(r *http.Request) bool {
+		return inside("team/private")(r) && strings.Contains(r.URL.Path, "/manifests/sha256:")
+	})
 	if err := b.ask(img); err != nil || b.questions("/team/private/manifests/"+img.manifest.String()) > 0 {
 		t.Errorf("with a grant of the node's own: %v", err)
 	}
@@ -155,7 +157,7 @@ func (b *bed) attach(repository string, subject digest.Digest, artifactType stri
 	b.putBlob(repository, empty)
 	m := ocispec.Manifest{
 		MediaType: ocispec.MediaTypeImageManifest, ArtifactType: artifactType, Annotations: annotations,
-		Config:  ocispec.Descriptor{MediaType: ocispec.MediaTypeEmptyJSON, Digest: digest.FromBytes(empty), Size: int64(len(empty))},
+		Config:  ocispec.Descriptor{MediaType: artifactType, Digest: digest.FromBytes(empty), Size: int64(len(empty))},
 		Layers:  []ocispec.Descriptor{{MediaType: ocispec.MediaTypeEmptyJSON, Digest: digest.FromBytes(empty), Size: int64(len(empty))}},
 		Subject: &ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: subject, Size: 1},
 	}

@@ -54,6 +54,12 @@ func (l *Lazy) fetchAhead(ctx context.Context, img *image, answer <-chan found) 
 	if f.from == "" || ctx.Err() != nil {
 		return
 	}
+	select {
+	case l.plans <- struct{}{}:
+		defer func() { <-l.plans }()
+	case <-ctx.Done():
+		return
+	}
 	began := time.Now()
 	var w *wave
 	var pieces []prefetch.Piece

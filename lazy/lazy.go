@@ -40,6 +40,8 @@ const (
 	maxAnswers = 1024
 	// opening layers at a time: a TOC of 30,000 files takes some 40 MB while its files are made.
 	openings = 4
+	// plans at a time: each has its layers' files in memory, some 40 MB for 30,000 of them.
+	plannings = 2
 	// heldTime is how long the background waits for what is to be fetched ahead.
 	heldTime = time.Second
 	// idleTime is how long a layer that was prepared, and is not mounted, stays open.
@@ -90,9 +92,10 @@ type Lazy struct {
 	host    *lazyfs.Host
 	filler  *prefetch.Filler
 	origins origins
-	locks   keylock.Mutex // one for each layer
-	turns   keylock.Mutex // one for each layer: how it is mounted, by the plain file or through the holder
-	slots   chan struct{}
+	locks   keylock.Mutex      // one for each layer
+	turns   keylock.Mutex      // one for each layer: how it is mounted, by the plain file or through the holder
+	slots   chan struct{}      // as many as layers are opened at a time
+	plans   chan struct{}      // as many as plans are made at a time
 	checks  chan digest.Digest // layers whose DiffID is to be computed
 	liars   liars
 	pulls   pulls
@@ -141,7 +144,7 @@ func New(o Options) (*Lazy, error) {
 	if o.Dir == "" || o.RunDir == "" || o.Store == nil || o.Registry == nil || o.Keys == nil || len(o.Holder) == 0 {
 		return nil, fmt.Errorf("%w: lazy mounts need folders, a store, registries, keys and a holder", accel.ErrInvalid)
 	}
-	l := &Lazy{o: o, origins: origins{filepath.Join(o.Dir, "origins")}, slots: make(chan struct{}, openings), checks: make(chan digest.Digest, 1024), open: map[digest.Digest]*openLayer{}}
+	l := &Lazy{o: o, origins: origins{filepath.Join(o.Dir, "origins")}, slots: make(chan struct{}, openings), plans: make(chan struct{}, plannings), checks: make(chan digest.Digest, 1024), open: map[digest.Digest]*openLayer{}}
 	l.pulls = pulls{record: o.Record, counts: l.counts, under: map[digest.Digest]*pull{}}
 	l.o.GrantTTL = cmp.Or(o.GrantTTL, defaultGrantTTL)
 	l.o.GrantGrace = cmp.Or(o.GrantGrace, defaultGrantGrace)
@@ -152,7 +155,7 @@ func New(o Options) (*Lazy, error) {
 		l.pulls.record = func(accel.Pull) {}
 	}
 	l.liars.dir = filepath.Join(o.Dir, "liars")
-	l.profiles.dir, l.reports = filepath.Join(o.Dir, "profiles"), reports{filepath.Join(o.Dir, "starts"), make(chan struct{}, 1)}
+	l.profiles.dir, l.reports = filepath.Join(o.Dir, "profiles"), reports{dir: filepath.Join(o.Dir, "starts"), wake: make(chan struct{}, 1)}
 	for _, dir := range []string{l.origins.dir, l.liars.dir, l.profiles.dir, l.reports.dir} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err

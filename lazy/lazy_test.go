@@ -127,6 +127,10 @@ func TestKeys(t *testing.T) {
 		t.Errorf("by the server's key, with the server away: %v", err)
 	}
 	away = false
+	if _, err := keys.Verify(t.Context(), signed(servers)); !errors.Is(err, accel.ErrUnauthenticated) || asked != 1 {
+		t.Errorf("just after a failure: %v, asked %d times", err, asked)
+	}
+	keys.again = time.Time{} // a second later
 	if _, err := keys.Verify(t.Context(), signed(servers)); err != nil {
 		t.Errorf("by the server's key: %v", err)
 	}

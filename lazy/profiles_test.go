@@ -44,7 +44,7 @@ func recorder(t *testing.T, server string) *Lazy {
 	dir := t.TempDir()
 	l := &Lazy{starts: startsOf(t)}
 	l.o.Log, l.o.Node = slog.New(slog.DiscardHandler), "n1"
-	l.profiles.dir, l.reports = filepath.Join(dir, "profiles"), reports{filepath.Join(dir, "starts"), make(chan struct{}, 1)}
+	l.profiles.dir, l.reports = filepath.Join(dir, "profiles"), reports{dir: filepath.Join(dir, "starts"), wake: make(chan struct{}, 1)}
 	for _, d := range []string{l.profiles.dir, l.reports.dir} {
 		if err := os.Mkdir(d, 0o700); err != nil {
 			t.Fatal(err)
