@@ -68,12 +68,6 @@ func (l *Lazy) Forget(ctx context.Context, d digest.Digest) error {
 	return nil
 }
 
-// ForgetProfile drops what this node recorded of an image.
-func (l *Lazy) ForgetProfile(manifest digest.Digest) error {
-	l.starts.enough.Remove(manifest)
-	return l.profiles.remove(manifest)
-}
-
 // dropAnswers has images with a layer looked at anew. l.mu is held.
 func (l *Lazy) dropAnswers(d digest.Digest) {
 	for _, key := range l.answers.Keys() {

@@ -144,5 +144,10 @@ func (l *Lazy) reportOne(ctx context.Context, r profile.Report) error {
 		return fmt.Errorf("report a start of %s: %w", r.Manifest, err)
 	}
 	l.starts.more(r.Manifest, receipt.WantMore)
+	if r.Complete && len(r.Items) > 0 {
+		if err := l.profiles.tell(r.Manifest); err != nil {
+			l.o.Log.Warn("that the server knows starts of an image cannot be noted", "manifest", r.Manifest, "error", err)
+		}
+	}
 	return nil
 }
