@@ -49,6 +49,7 @@ type bed struct {
 	asked  []string                  // paths, with their methods
 	aside  []digest.Digest           // chains that were set aside
 	broken error                     // of SetAside
+	calls  int                       // of SetAside
 }
 
 func newBed(t *testing.T) *bed {
@@ -98,6 +99,7 @@ func (b *bed) start(change func(*Options)) {
 		SetAside: func(_ context.Context, chain digest.Digest, _ string) error {
 			b.mu.Lock()
 			defer b.mu.Unlock()
+			b.calls++
 			if b.broken == nil {
 				b.aside = append(b.aside, chain)
 			}

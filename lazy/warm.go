@@ -1,6 +1,7 @@
 package lazy
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,7 +12,6 @@ import (
 	"accel/prefetch"
 	"accel/registry"
 
-	"github.com/containerd/platforms"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -146,30 +146,30 @@ func platformManifest(ctx context.Context, source *registry.Source, ref accel.Re
 	if ref.Digest == "" {
 		asked = ref.Tag
 	}
-	raw, desc, err := source.Manifest(ctx, asked)
-	if err != nil {
-		return ref.Digest, "", err
-	}
-	top = digest.Digest(desc.Digest.String())
-	if !desc.MediaType.IsIndex() {
-		return top, top, nil
-	}
-	var index ocispec.Index
-	if err := json.Unmarshal(raw, &index); err != nil {
-		return top, "", fmt.Errorf("%w: index %s: %w", accel.ErrInvalid, top, err)
-	}
-	fits := platforms.Only(platforms.DefaultSpec())
-	var best *ocispec.Descriptor
-	for i, d := range index.Manifests {
-		if d.Platform == nil || !fits.Match(*d.Platform) || !types.MediaType(d.MediaType).IsImage() {
-			continue
+	for range registry.MaxIndexDepth {
+		raw, desc, err := source.Manifest(ctx, asked)
+		if err != nil {
+			return cmp.Or(top, ref.Digest), "", err
 		}
-		if best == nil || fits.Less(*d.Platform, *best.Platform) {
-			best = &index.Manifests[i]
+		d := digest.Digest(desc.Digest.String())
+		if top == "" {
+			top = d
 		}
+		if !desc.MediaType.IsIndex() {
+			return top, d, nil
+		}
+		var index ocispec.Index
+		if err := json.Unmarshal(raw, &index); err != nil {
+			return top, "", fmt.Errorf("%w: index %s: %w", accel.ErrInvalid, d, err)
+		}
+		member, err := registry.Member(index.Manifests, registry.ThisMachine())
+		if err != nil {
+			return top, "", declined("index %s: %v", d, err)
+		}
+		if !types.MediaType(member.MediaType).IsIndex() {
+			return top, member.Digest, member.Digest.Validate()
+		}
+		asked = member.Digest.String()
 	}
-	if best == nil {
-		return top, "", declined("index %s has nothing for this machine", top)
-	}
-	return top, best.Digest, best.Digest.Validate()
+	return top, "", declined("index %s is nested more than %d deep", top, registry.MaxIndexDepth)
 }

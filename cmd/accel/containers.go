@@ -341,14 +341,9 @@ func (c *containers) manifestDigest(ctx context.Context, img containerd.Image) (
 	if err != nil {
 		return "", err
 	}
-	var best *ocispec.Descriptor
-	for i, d := range members {
-		if images.IsManifestType(d.MediaType) && d.Platform != nil && platform.Match(*d.Platform) && (best == nil || platform.Less(*d.Platform, *best.Platform)) {
-			best = &members[i]
-		}
-	}
-	if best == nil {
-		return "", fmt.Errorf("%w: index %s has nothing for this machine", accel.ErrNotFound, target.Digest)
+	best, err := registry.Member(members, platform)
+	if err != nil {
+		return "", fmt.Errorf("index %s: %w", target.Digest, err)
 	}
 	return best.Digest, nil
 }
