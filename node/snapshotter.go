@@ -47,8 +47,8 @@ func (m *mounts) observe(e snapshot.Event) {
 	m.lazy.Observe(e)
 }
 
-// snapshotsDir is where containerd's snapshots are in a node's folder.
-func snapshotsDir(dir string) string { return filepath.Join(dir, "snapshots") }
+// SnapshotsDir is where containerd's snapshots are in a node's folder.
+func SnapshotsDir(dir string) string { return filepath.Join(dir, "snapshots") }
 
 // openMounts makes the snapshotter and what it mounts with. Layers that are mounted are pinned and
 // adopted before anything may evict them.
@@ -82,7 +82,7 @@ func (n *Node) openMounts(ctx context.Context) (_ *mounts, err error) {
 		}
 	}()
 	m.Snapshotter, err = snapshot.Open(ctx, snapshot.Options{
-		Dir: snapshotsDir(n.o.Dir), Images: m.lazy, Mounts: m.lazy, Pins: n.store, RemapIDs: snapshot.CanRemapIDs(), Observe: m.observe,
+		Dir: SnapshotsDir(n.o.Dir), Images: m.lazy, Mounts: m.lazy, Pins: n.store, RemapIDs: snapshot.CanRemapIDs(), Observe: m.observe,
 		Registerer: n.o.Metrics, Log: n.o.Log,
 	})
 	if err != nil {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"accel/install"
+	"accel/node"
 
 	"github.com/moby/sys/mountinfo"
 	"github.com/spf13/cobra"
@@ -213,7 +214,7 @@ func (c *nodeConfig) remoteSnapshotter() *install.Snapshotter {
 	if c.Snapshotter.Socket == "" {
 		return nil
 	}
-	return &install.Snapshotter{Socket: c.Snapshotter.Socket, Root: filepath.Join(c.Data, "snapshots")}
+	return &install.Snapshotter{Socket: c.Snapshotter.Socket, Root: node.SnapshotsDir(c.Data)}
 }
 
 // versionPatience bounds what install waits for containerd to say which one it is.
