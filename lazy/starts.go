@@ -74,11 +74,11 @@ type starts struct {
 	under map[digest.Digest]*recording // by layer
 	count int                          // of recordings under way
 	past  []Start                      // the newest last
-	plain map[digest.Digest]bool       // images, by manifest, ahead of whose starts nothing is fetched
+	plain map[digest.Digest]time.Time  // images, by manifest, ahead of whose starts nothing is fetched until then
 }
 
 func newStarts() (*starts, error) {
-	s := &starts{fresh: map[digest.Digest]bool{}, held: map[digest.Digest]time.Time{}, under: map[digest.Digest]*recording{}, plain: map[digest.Digest]bool{}}
+	s := &starts{fresh: map[digest.Digest]bool{}, held: map[digest.Digest]time.Time{}, under: map[digest.Digest]*recording{}, plain: map[digest.Digest]time.Time{}}
 	var err error
 	if s.images, err = lru.New[digest.Digest, *image](maxAnswers); err != nil {
 		return nil, err

@@ -166,3 +166,26 @@ func TestKeysOfAServerInTrouble(t *testing.T) {
 		t.Errorf("after many failures it is left alone for %s", k.pause)
 	}
 }
+
+// TestNothingAheadForAWhile: a comparison that is broken off leaves no image slow for good.
+func TestNothingAheadForAWhile(t *testing.T) {
+	s := startsOf(t)
+	now := time.Unix(1_700_000_000, 0)
+	s.setPlain(named("a"), false, now)
+	if !s.isPlain(named("a"), now.Add(PlainTime-1)) || s.isPlain(named("a"), now.Add(PlainTime)) || s.isPlain(named("b"), now) {
+		t.Error("it does not count for its time and its image")
+	}
+	s.setPlain(named("a"), true, now)
+	if s.isPlain(named("a"), now) {
+		t.Error("it cannot be taken back")
+	}
+	for i := range 2 * maxAnswers {
+		s.setPlain(named(fmt.Sprint(i)), false, now)
+		if !s.isPlain(named(fmt.Sprint(i)), now) {
+			t.Fatalf("image %d is not taken", i)
+		}
+	}
+	if len(s.plain) > maxAnswers {
+		t.Errorf("%d images are remembered", len(s.plain))
+	}
+}

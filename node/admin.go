@@ -83,7 +83,7 @@ func (n *Node) admin(ctx context.Context) http.Handler {
 	post(routes, "start-answered", "/v1/starts/answered", "The program in a container answers, or failed: its start is over", func(_ context.Context, in *body[Answered]) (struct{}, error) {
 		return struct{}{}, n.answered(in.Body)
 	})
-	post(routes, "fetch-ahead", "/v1/starts/ahead", "Whether anything is fetched ahead of an image's starts, until the node ends", func(_ context.Context, in *body[FetchAhead]) (struct{}, error) {
+	post(routes, "fetch-ahead", "/v1/starts/ahead", "Whether anything is fetched ahead of an image's starts, by pulls of the next 10 minutes", func(_ context.Context, in *body[FetchAhead]) (struct{}, error) {
 		return struct{}{}, n.fetchAhead(in.Body)
 	})
 	huma.Register(routes, huma.Operation{

@@ -97,7 +97,7 @@ func (c *Client) Answered(ctx context.Context, a Answered) error {
 	return c.do(ctx, http.MethodPost, "/v1/starts/answered", a, &struct{}{})
 }
 
-// FetchAhead says whether anything is fetched ahead of an image's starts, for comparisons.
+// FetchAhead says whether anything is fetched ahead of an image's starts, by pulls within lazy.PlainTime, for comparisons.
 func (c *Client) FetchAhead(ctx context.Context, f FetchAhead) error {
 	return c.do(ctx, http.MethodPost, "/v1/starts/ahead", f, &struct{}{})
 }

@@ -117,14 +117,19 @@ func (c *containers) pull(ctx context.Context, image, snapshotter string) (conta
 	img, err := c.client.Pull(ctx, name, containerd.WithPullUnpack, containerd.WithPullSnapshotter(snapshotter), containerd.WithResolver(c.resolver),
 		containerd.WithImageHandlerWrapper(snapshotters.AppendInfoHandlerWrapper(name)))
 	if err != nil {
-		return nil, fmt.Errorf("pull %s with snapshotter %s: %w", name, snapshotter, err)
+		// One that broke off while it was unpacked has the image's name already.
+		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTime)
+		defer cancel()
+		return nil, errors.Join(fmt.Errorf("pull %s with snapshotter %s: %w", name, snapshotter, err), c.removeNamed(ending, name))
 	}
 	return img, nil
 }
 
 // remove takes an image away, and waits for containerd to have let go of it.
-func (c *containers) remove(ctx context.Context, img containerd.Image) error {
-	err := c.client.ImageService().Delete(ctx, img.Name(), images.SynchronousDelete())
+func (c *containers) remove(ctx context.Context, img containerd.Image) error { return c.removeNamed(ctx, img.Name()) }
+
+func (c *containers) removeNamed(ctx context.Context, name string) error {
+	err := c.client.ImageService().Delete(ctx, name, images.SynchronousDelete())
 	if errdefs.IsNotFound(err) {
 		return nil
 	}
