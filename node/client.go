@@ -81,7 +81,8 @@ func (c *Client) Unpin(ctx context.Context, what string) error {
 	return c.do(ctx, http.MethodPost, "/v1/cache/unpin", What{what}, &struct{}{})
 }
 
-// Remove drops what there is of an image or a digest; accel.ErrConflict where it is pinned or in use.
+// Remove drops what there is of an image or a digest; accel.ErrConflict where it is pinned, and nothing is
+// dropped, or where some of it is in use, and the rest is dropped.
 func (c *Client) Remove(ctx context.Context, what string) (r cache.Report, err error) {
 	return r, c.do(ctx, http.MethodPost, "/v1/cache/remove", What{what}, &r)
 }

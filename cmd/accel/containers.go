@@ -126,7 +126,9 @@ func (c *containers) pull(ctx context.Context, image, snapshotter string) (conta
 }
 
 // remove takes an image away, and waits for containerd to have let go of it.
-func (c *containers) remove(ctx context.Context, img containerd.Image) error { return c.removeNamed(ctx, img.Name()) }
+func (c *containers) remove(ctx context.Context, img containerd.Image) error {
+	return c.removeNamed(ctx, img.Name())
+}
 
 func (c *containers) removeNamed(ctx context.Context, name string) error {
 	err := c.client.ImageService().Delete(ctx, name, images.SynchronousDelete())
