@@ -10,6 +10,7 @@ import (
 	"io"
 	"strconv"
 
+	"accel"
 	"accel/registry"
 
 	"github.com/containerd/stargz-snapshotter/estargz"
@@ -17,10 +18,6 @@ import (
 )
 
 const (
-	// maxTOCBytes bounds a TOC as JSON: some 600,000 entries.
-	maxTOCBytes = 256 << 20
-	// maxPackedTOCBytes bounds it as it is in the blob.
-	maxPackedTOCBytes = 64 << 20
 	// tailBytes is what is asked for of a blob whose TOC's place is not known, in the hope that all of
 	// the TOC is in it: one percent of the blob, within these bounds.
 	minTailBytes, maxTailBytes = 64 << 10, 4 << 20
@@ -89,7 +86,7 @@ func tocOffset(end []byte, sizeBytes int64) (int64, error) {
 // ranged brings a blob's bytes from offset to its end.
 func (l *Lazy) ranged(ctx context.Context, source *registry.Source, d digest.Digest, sizeBytes, offset int64) ([]byte, error) {
 	n := sizeBytes - offset
-	if n <= 0 || n > maxPackedTOCBytes {
+	if n <= 0 || n > accel.MaxPackedTOCBytes {
 		return nil, fmt.Errorf("%w: of %d bytes", errTOC, n)
 	}
 	r, err := l.blob(ctx, source, d, sizeBytes, offset, n, false)
@@ -113,7 +110,7 @@ func unpackTOC(packed []byte) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errTOC, err)
 	}
-	if h.Name != estargz.TOCTarName || h.Size <= 0 || h.Size > maxTOCBytes {
+	if h.Name != estargz.TOCTarName || h.Size <= 0 || h.Size > accel.MaxTOCBytes {
 		return nil, fmt.Errorf("%w: %q of %d bytes", errTOC, h.Name, h.Size)
 	}
 	json := bytes.NewBuffer(make([]byte, 0, min(h.Size, int64(len(packed))*1032+512))) // deflate packs 1032:1 at most
