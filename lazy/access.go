@@ -19,7 +19,7 @@ import (
 
 const (
 	// questions to a registry about one image's layers are asked at a time.
-	questions = 8
+	questions = 16
 	// defaultGrantTTL and defaultGrantGrace are package mirror's.
 	defaultGrantTTL, defaultGrantGrace = 5 * time.Minute, 24 * time.Hour
 )
@@ -36,12 +36,13 @@ func (l *Lazy) granted(repository string) (fresh, graced bool) {
 	return age < l.o.GrantTTL, age < max(l.o.GrantTTL, l.o.GrantGrace)
 }
 
-// learn keeps what a registry said to a question that was asked with the node's own credentials.
-func (l *Lazy) learn(repository string, d digest.Digest, err error) {
+// learn keeps what a registry said to a question that was asked with the node's own credentials; grant: that they were let in is
+// to be remembered too.
+func (l *Lazy) learn(repository string, d digest.Digest, err error, grant bool) {
 	switch {
 	case err == nil:
 		err = l.o.Store.Link(repository, d)
-		if l.o.Own != "" {
+		if l.o.Own != "" && grant {
 			err = errors.Join(err, l.o.Store.Grant(repository, l.o.Own, time.Now()))
 		}
 	case l.o.Own != "" && (errors.Is(err, accel.ErrUnauthenticated) || errors.Is(err, accel.ErrForbidden)):
@@ -67,7 +68,7 @@ func (l *Lazy) manifest(ctx context.Context, source *registry.Source, d digest.D
 		} else {
 			held, err = l.fetchManifest(ctx, source, d)
 		}
-		if l.learn(source.Repository(), d, err); err != nil && !(linked && graced && registry.Unreachable(err) && ctx.Err() == nil) {
+		if l.learn(source.Repository(), d, err, true); err != nil && !(linked && graced && registry.Unreachable(err) && ctx.Err() == nil) {
 			return content, err
 		}
 	}
@@ -112,7 +113,7 @@ func (l *Lazy) holds(ctx context.Context, source *registry.Source, layers []ocis
 		}
 		g.Go(func() error {
 			size, err := source.BlobSize(ctx, y.Digest)
-			l.learn(source.Repository(), y.Digest, err)
+			l.learn(source.Repository(), y.Digest, err, false) // many at a time
 			switch {
 			case errors.Is(err, accel.ErrNotFound):
 				return declined("repository %s does not have layer %s, which its manifest names", source.Repository(), y.Digest)

@@ -2,6 +2,7 @@ package lazy
 
 import (
 	"encoding/json"
+	"errors"
 	"net/http"
 	"strings"
 	"testing"
@@ -136,6 +137,43 @@ func TestGrantsOfClientsOpenNothing(t *testing.T) {
 	}
 	if _, known := b.stored.Granted(repository, "node"); known {
 		t.Error("a grant outlives its refusal")
+	}
+}
+
+// TestNonsenseKeepsNobodyOut: what an image said of a layer that was never here does not count against another's word; what the
+// layer was found to be does.
+func TestNonsenseKeepsNobodyOut(t *testing.T) {
+	b := newBed(t)
+	layer := b.layerWith("file", []byte("content"))
+	wrong := layer
+	wrong.toc = digest.FromString("another table of contents")
+	if err := b.ask(b.push("team/wrong", true, wrong)); err == nil {
+		t.Fatal("a layer with another TOC than the manifest says is mounted")
+	}
+	if err := b.ask(b.push("team/right", true, layer)); err != nil {
+		t.Error("after somebody's nonsense:", err)
+	}
+	wrong.toc = digest.FromString("yet another")
+	b.requireDeclined(b.ask(b.push("team/wrong", true, wrong)), "the layer is known with")
+	b.forgetAnswers()
+	if err := b.ask(b.push("team/right", true, layer)); err != nil {
+		t.Error("after more nonsense:", err)
+	}
+}
+
+// TestWhatIsKnownOfEvictedLayersGoes: and stays of those that are open.
+func TestWhatIsKnownOfEvictedLayersGoes(t *testing.T) {
+	b := newBed(t)
+	layer := b.layerWith("file", []byte("content"))
+	must(t, b.ask(b.push("team/app", true, layer)))
+	gone := digest.FromString("gone")
+	must(t, b.lazy.origins.put(gone, someOrigin()))
+	must(t, b.lazy.sweepOrigins(t.Context()))
+	if _, err := b.lazy.origins.get(gone); !errors.Is(err, accel.ErrNotFound) {
+		t.Errorf("of a layer that is gone: %v", err)
+	}
+	if _, err := b.lazy.origins.get(layer.digest); err != nil {
+		t.Errorf("of a layer that is open: %v", err)
 	}
 }
 

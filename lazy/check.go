@@ -28,6 +28,8 @@ const (
 	// claimTime is how long a layer with claims may be open until they are checked though it is not complete. A
 	// registry that keeps one chunk back, or a node that fetches nothing in the background, would have lies never found.
 	claimTime = 10 * time.Minute
+	// sweepTime is how often what is known of evicted layers is removed.
+	sweepTime = time.Hour
 	// maxInflatedBytes is what a layer may inflate to; gzip packs up to 1032:1.
 	maxInflatedBytes = 128 << 30
 )
@@ -56,6 +58,7 @@ func (l *Lazy) check(ctx context.Context) error {
 	tick := time.NewTicker(checkAgain)
 	defer tick.Stop()
 	due := dues{}
+	swept := time.Now()
 	for {
 		var these []digest.Digest
 		select {
@@ -67,6 +70,12 @@ func (l *Lazy) check(ctx context.Context) error {
 			}
 		case now := <-tick.C:
 			these = due.now(now, l.claimed())
+			if now.Sub(swept) > sweepTime {
+				swept = now
+				if err := l.sweepOrigins(ctx); err != nil && ctx.Err() == nil {
+					l.o.Log.Warn("what is known of layers that are gone stays", "error", err)
+				}
+			}
 		}
 		for _, d := range these {
 			err := l.checkClaims(ctx, d)
@@ -158,10 +167,8 @@ func (l *Lazy) checkClaims(ctx context.Context, d digest.Digest) error {
 	if o, err = l.origins.get(d); err != nil {
 		return err
 	}
-	isLie := func(c claim) bool { return c.DiffID != diffID }
-	lies := slices.DeleteFunc(slices.Clone(o.Claims), func(c claim) bool { return !isLie(c) })
-	o.Claims = slices.DeleteFunc(o.Claims, isLie)
-	o.DiffID = diffID
+	lies := slices.DeleteFunc(o.Claims, func(c claim) bool { return c.DiffID == diffID })
+	o.Claims, o.DiffID = nil, diffID
 	if len(lies) > 0 {
 		// First, so that it is known whatever becomes of the rest, and of the layer.
 		if err := l.liars.put(d, diffID); err != nil {

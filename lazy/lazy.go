@@ -243,6 +243,8 @@ func (l *Lazy) Run(ctx context.Context) error {
 		return nil
 	})
 	err := g.Wait()
+	l.mu.Lock()   // whoever has looked whether it runs has begun its work
+	l.mu.Unlock() //nolint:staticcheck // a barrier
 	l.work.Wait()
 	return err
 }

@@ -68,7 +68,11 @@ func (l *Lazy) knownOrigin(d digest.Digest, said *origin) (origin, error) {
 		return known, err
 	}
 	o := *said
-	if err == nil {
+	if err == nil && known.contradicts(o) && (o.Signed || !known.Signed) && l.absent(d) {
+		// What was said before was never found to be true: it must not keep those out who say something else.
+		l.o.Log.Info("another image said something else of a layer, which is not here", "layer", d, "said", known.Repositories, "now", o.Repositories)
+		o.DiffID, known, err = known.DiffID, origin{}, nil
+	} else if err == nil {
 		if o, err = known.join(*said); err != nil {
 			return o, declined("%v", err)
 		}
