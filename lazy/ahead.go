@@ -149,7 +149,7 @@ func profileLayer(d digest.Digest, f cache.LayerFiles, t *lazyfs.Table) (*profil
 	if err != nil {
 		return nil, fmt.Errorf("table of contents of layer %s: %w", d, err)
 	}
-	toc, err := unpackTOC(packed)
+	toc, err := unpackTOC(packed, nil)
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", d, err)
 	}

@@ -24,6 +24,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
 )
 
 // Declined is why an image is not mounted lazily; containerd pulls it as ever.
@@ -92,11 +93,12 @@ type Lazy struct {
 	host    *lazyfs.Host
 	filler  *prefetch.Filler
 	origins origins
-	locks   keylock.Mutex      // one for each layer
-	turns   keylock.Mutex      // one for each layer: how it is mounted, by the plain file or through the holder
-	slots   chan struct{}      // as many as layers are opened at a time
-	plans   chan struct{}      // as many as plans are made at a time
-	checks  chan digest.Digest // layers whose DiffID is to be computed
+	locks   keylock.Mutex       // one for each layer
+	turns   keylock.Mutex       // one for each layer: how it is mounted, by the plain file or through the holder
+	slots   chan struct{}       // as many as layers are opened at a time
+	plans   chan struct{}       // as many as plans are made at a time
+	tocs    *semaphore.Weighted // bytes of TOCs that are unpacked while layers are opened
+	checks  chan digest.Digest  // layers whose DiffID is to be computed
 	liars   liars
 	pulls   pulls
 	rates   rates
@@ -144,7 +146,7 @@ func New(o Options) (*Lazy, error) {
 	if o.Dir == "" || o.RunDir == "" || o.Store == nil || o.Registry == nil || o.Keys == nil || len(o.Holder) == 0 {
 		return nil, fmt.Errorf("%w: lazy mounts need folders, a store, registries, keys and a holder", accel.ErrInvalid)
 	}
-	l := &Lazy{o: o, origins: origins{filepath.Join(o.Dir, "origins")}, slots: make(chan struct{}, openings), plans: make(chan struct{}, plannings), checks: make(chan digest.Digest, 1024), open: map[digest.Digest]*openLayer{}}
+	l := &Lazy{o: o, origins: origins{filepath.Join(o.Dir, "origins")}, slots: make(chan struct{}, openings), plans: make(chan struct{}, plannings), tocs: semaphore.NewWeighted(accel.MaxTOCBytes), checks: make(chan digest.Digest, 1024), open: map[digest.Digest]*openLayer{}}
 	l.pulls = pulls{record: o.Record, counts: l.counts, under: map[digest.Digest]*pull{}}
 	l.o.GrantTTL = cmp.Or(o.GrantTTL, defaultGrantTTL)
 	l.o.GrantGrace = cmp.Or(o.GrantGrace, defaultGrantGrace)

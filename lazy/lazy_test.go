@@ -190,7 +190,7 @@ func TestTOC(t *testing.T) {
 	packed, want := stargz(t)
 	at, err := tocOffset(packed, int64(len(packed)))
 	must(t, err)
-	json, err := unpackTOC(packed[at:])
+	json, err := unpackTOC(packed[at:], nil)
 	must(t, err)
 	if digest.FromBytes(json) != want {
 		t.Errorf("the TOC is %s", json)
@@ -199,7 +199,7 @@ func TestTOC(t *testing.T) {
 		if _, err := tocOffset(end, int64(len(packed))); !errors.Is(err, errTOC) {
 			t.Errorf("footer of %s: %v", name, err)
 		}
-		if _, err := unpackTOC(end); !errors.Is(err, errTOC) {
+		if _, err := unpackTOC(end, nil); !errors.Is(err, errTOC) {
 			t.Errorf("TOC of %s: %v", name, err)
 		}
 	}
@@ -214,7 +214,7 @@ func FuzzTOC(f *testing.F) {
 		if err == nil && (at < 0 || at >= int64(len(b))) {
 			t.Fatalf("a TOC at %d of %d bytes", at, len(b))
 		}
-		if json, err := unpackTOC(b[max(0, min(at, int64(len(b)))):]); err == nil && len(json) == 0 {
+		if json, err := unpackTOC(b[max(0, min(at, int64(len(b)))):], nil); err == nil && len(json) == 0 {
 			t.Fatal("an empty TOC")
 		}
 	})

@@ -99,7 +99,9 @@ func (l *Lazy) create(ctx context.Context, d digest.Digest, o *origin) (*cache.L
 		return nil, ctx.Err()
 	}
 	began := time.Now()
-	packed, json, offset, err := l.fetchTOC(ctx, d, *o)
+	memory := &tocMemory{all: l.tocs}
+	defer memory.release()
+	packed, json, offset, err := l.fetchTOC(ctx, d, *o, memory)
 	if err != nil {
 		return nil, err
 	}
@@ -123,7 +125,7 @@ func (l *Lazy) create(ctx context.Context, d digest.Digest, o *origin) (*cache.L
 }
 
 // fetchTOC tries the repositories that have the layer.
-func (l *Lazy) fetchTOC(ctx context.Context, d digest.Digest, o origin) (packed, json []byte, offset int64, err error) {
+func (l *Lazy) fetchTOC(ctx context.Context, d digest.Digest, o origin, memory *tocMemory) (packed, json []byte, offset int64, err error) {
 	for _, repository := range o.Repositories {
 		source, sourceErr := l.o.Registry.Source(repository, "")
 		if sourceErr != nil {
@@ -131,7 +133,7 @@ func (l *Lazy) fetchTOC(ctx context.Context, d digest.Digest, o origin) (packed,
 			continue
 		}
 		var tocErr error
-		if packed, json, offset, tocErr = l.toc(ctx, source, d, o); tocErr == nil {
+		if packed, json, offset, tocErr = l.toc(ctx, source, d, o, memory); tocErr == nil {
 			return packed, json, offset, nil
 		}
 		err = errors.Join(err, tocErr)

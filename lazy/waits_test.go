@@ -16,6 +16,7 @@ import (
 	"accel/trust"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/semaphore"
 )
 
 func TestWarmsThatStallEnd(t *testing.T) {
@@ -188,4 +189,22 @@ func TestNothingAheadForAWhile(t *testing.T) {
 	if len(s.plain) > maxAnswers {
 		t.Errorf("%d images are remembered", len(s.plain))
 	}
+}
+
+// TestTOCsTakeTurns: those of the largest size are unpacked one after the other.
+func TestTOCsTakeTurns(t *testing.T) {
+	all := semaphore.NewWeighted(accel.MaxTOCBytes)
+	one, two := &tocMemory{all: all}, &tocMemory{all: all}
+	must(t, one.take(t.Context(), accel.MaxTOCBytes))
+	must(t, one.take(t.Context(), accel.MaxTOCBytes)) // of another repository
+	now, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := two.take(now, 1); !errors.Is(err, context.Canceled) {
+		t.Errorf("taken twice: %v", err)
+	}
+	two.release()
+	one.release()
+	one.release()
+	must(t, two.take(t.Context(), accel.MaxTOCBytes))
+	two.release()
 }
