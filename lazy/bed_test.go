@@ -47,7 +47,7 @@ type bed struct {
 	mu     sync.Mutex
 	refuse func(r *http.Request) int // the status to answer with instead; 0: none
 	asked  []string                  // paths, with their methods
-	aside  []digest.Digest           // chains that were set aside
+	aside  []string                  // layers and chains that were set aside
 	broken error                     // of SetAside
 	calls  int                       // of SetAside
 }
@@ -96,12 +96,12 @@ func (b *bed) start(change func(*Options)) {
 	o := Options{
 		Dir: filepath.Join(b.dir, "lazy"), RunDir: run, Version: "test", Node: "n1", Holder: []string{"/bin/false"}, Store: b.stored, Registry: client,
 		Keys: keys, Stargz: []string{"*/**"}, Log: slog.New(slog.DiscardHandler),
-		SetAside: func(_ context.Context, chain digest.Digest, _ string) error {
+		SetAside: func(_ context.Context, layer, chain digest.Digest, _ string) error {
 			b.mu.Lock()
 			defer b.mu.Unlock()
 			b.calls++
 			if b.broken == nil {
-				b.aside = append(b.aside, chain)
+				b.aside = append(b.aside, asideOf(layer, chain))
 			}
 			return b.broken
 		},
@@ -137,6 +137,8 @@ func (b *bed) stop() {
 		b.end = nil
 	}
 }
+
+func asideOf(layer, chain digest.Digest) string { return layer.String() + " as " + chain.String() }
 
 // until waits for something to become true.
 func (b *bed) until(what string, isSo func() bool) {

@@ -187,7 +187,7 @@ func (l *Lazy) checkClaims(ctx context.Context, d digest.Digest) error {
 	for _, c := range lies {
 		l.metrics.liars.Inc()
 		l.o.Log.Error("an image lies about its layers; the snapshot is set aside", "chain", c.Chain, "layer", d, "claimed", c.DiffID, "diffID", diffID)
-		errs = append(errs, l.o.SetAside(ctx, c.Chain, lieOf(d, c.DiffID, diffID)))
+		errs = append(errs, l.o.SetAside(ctx, d, c.Chain, lieOf(d, c.DiffID, diffID)))
 	}
 	if err := errors.Join(errs...); err != nil {
 		l.mu.Lock()

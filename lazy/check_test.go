@@ -30,7 +30,7 @@ func TestLiesAreRememberedForGood(t *testing.T) {
 	b.until("the lie is found", func() bool {
 		b.mu.Lock()
 		defer b.mu.Unlock()
-		return slices.Contains(b.aside, liar.chains[0])
+		return slices.Contains(b.aside, asideOf(layer.digest, liar.chains[0]))
 	})
 	b.requireDeclined(b.ask(liar), "has DiffID")
 	b.requireDeclined(b.ask(b.push("team/liar2", true, layer.lying(), b.layerWith("more", nil))), "has DiffID")
@@ -58,12 +58,12 @@ func TestLieFoundBetweenAnswerAndMount(t *testing.T) {
 	layer := b.layerWith("file", []byte("content"))
 	liar := b.push("team/liar", true, layer.lying())
 	must(t, b.ask(liar))
-	chain := liar.chains[0]
+	want := asideOf(layer.digest, liar.chains[0])
 	times := func() (n int) {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		for _, c := range b.aside {
-			if c == chain {
+			if c == want {
 				n++
 			}
 		}
@@ -99,7 +99,7 @@ func TestSetAsideIsTriedAgain(t *testing.T) {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if !slices.Contains(b.aside, liar.chains[0]) {
+	if !slices.Contains(b.aside, asideOf(layer.digest, liar.chains[0])) {
 		t.Error("its snapshot is not set aside")
 	}
 }

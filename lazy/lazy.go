@@ -75,9 +75,10 @@ type Options struct {
 	// BackgroundBytesPerSecond bounds what is fetched before it is read; 0: what is left of the
 	// network; negative: nothing is (prefetch.Options).
 	BackgroundBytesPerSecond int64
-	// SetAside is told of a layer whose image lied about its DiffID, by the chain ID that containerd
-	// knows it by. Nothing may use it any more. It may be told of one several times; nil: nobody is.
-	SetAside func(ctx context.Context, chain digest.Digest, reason string) error
+	// SetAside is told of a layer whose image lied about its DiffID, and of the chain ID that containerd
+	// has it under by that lie. Nothing may use it there any more; another layer under that chain ID is somebody else's, and no
+	// lie. It may be told of one several times; nil: nobody is.
+	SetAside func(ctx context.Context, layer, chain digest.Digest, reason string) error
 	// Remount mounts layers again whose holder has died, for the containers to come.
 	Remount func(ctx context.Context, layers []digest.Digest) error
 	// Record takes each lazy pull that was measured; nil: nobody wants to know.
@@ -151,7 +152,7 @@ func New(o Options) (*Lazy, error) {
 	l.o.GrantTTL = cmp.Or(o.GrantTTL, defaultGrantTTL)
 	l.o.GrantGrace = cmp.Or(o.GrantGrace, defaultGrantGrace)
 	if o.SetAside == nil {
-		l.o.SetAside = func(context.Context, digest.Digest, string) error { return nil }
+		l.o.SetAside = func(context.Context, digest.Digest, digest.Digest, string) error { return nil }
 	}
 	if o.Record == nil {
 		l.pulls.record = func(accel.Pull) {}

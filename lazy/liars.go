@@ -113,7 +113,7 @@ func (l *Lazy) placed(e snapshot.Event) {
 	}
 	ctx := l.running
 	l.work.Go(func() {
-		if err := l.o.SetAside(ctx, e.Request.Chain, lie); err != nil && ctx.Err() == nil {
+		if err := l.o.SetAside(ctx, e.Layer, e.Request.Chain, lie); err != nil && ctx.Err() == nil {
 			l.o.Log.Error("the snapshot of a layer whose image lies cannot be set aside", "chain", e.Request.Chain, "layer", e.Layer, "error", err)
 		}
 	})

@@ -128,15 +128,27 @@ func (m *mounts) serve(ctx context.Context, l net.Listener) error {
 	return m.Serve(ctx, l)
 }
 
-// setAside ends the use of a layer whose image lied, by the chain ID that containerd has it under.
-func (m *mounts) setAside(ctx context.Context, chain digest.Digest, reason string) error {
+// setAside ends the use of a layer whose image lied, by the chain ID that containerd has it under. Under the same one may be the
+// layer of the image whose chain ID it is.
+func (m *mounts) setAside(ctx context.Context, layer, chain digest.Digest, reason string) error {
 	var errs []error
-	for _, s := range m.Lazy() {
-		if s.Request.Chain == chain {
-			errs = append(errs, m.SetAside(ctx, s.ID, reason))
+	for _, id := range liarsAmong(m.Lazy(), layer, chain) {
+		err := m.SetAside(ctx, id, reason)
+		if !errors.Is(err, accel.ErrNotFound) { // else its image was removed just now
+			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// liarsAmong are the IDs of the snapshots that have a layer under a chain ID.
+func liarsAmong(all []snapshot.LazySnapshot, layer, chain digest.Digest) (ids []string) {
+	for _, s := range all {
+		if s.Request.Chain == chain && s.Layer == layer {
+			ids = append(ids, s.ID)
+		}
+	}
+	return ids
 }
 
 // remount mounts layers again whose holder has died, for containers to come.

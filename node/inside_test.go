@@ -3,8 +3,26 @@ package node
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
+
+	"accel/snapshot"
+
+	"github.com/opencontainers/go-digest"
 )
+
+// TestLiesAreNotHeldAgainstOthers: an image that claims another's chain ID must not have that one's snapshot set aside.
+func TestLiesAreNotHeldAgainstOthers(t *testing.T) {
+	honest, liar, chain := digest.FromString("honest"), digest.FromString("liar"), digest.FromString("chain")
+	all := []snapshot.LazySnapshot{
+		{ID: "1", Layer: honest, Request: snapshot.Request{Chain: chain}},
+		{ID: "2", Layer: liar, Request: snapshot.Request{Chain: chain}},
+		{ID: "3", Layer: liar, Request: snapshot.Request{Chain: digest.FromString("its own")}},
+	}
+	if ids := liarsAmong(all, liar, chain); !slices.Equal(ids, []string{"2"}) {
+		t.Errorf("set aside: %s", ids)
+	}
+}
 
 // TestFolderWithoutSymlinks: mounts are found by the path that the kernel has for them.
 func TestFolderWithoutSymlinks(t *testing.T) {
