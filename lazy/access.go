@@ -68,7 +68,9 @@ func (l *Lazy) manifest(ctx context.Context, source *registry.Source, d digest.D
 		} else {
 			held, err = l.fetchManifest(ctx, source, d)
 		}
-		if l.learn(source.Repository(), d, err, true); err != nil && !(linked && graced && registry.Unreachable(err) && ctx.Err() == nil) {
+		l.learn(source.Repository(), d, err, true)
+		olderWillDo := linked && graced && registry.Unreachable(err) && ctx.Err() == nil
+		if err != nil && !olderWillDo {
 			return content, err
 		}
 	}
