@@ -208,3 +208,27 @@ func TestTOCsTakeTurns(t *testing.T) {
 	must(t, two.take(t.Context(), accel.MaxTOCBytes))
 	two.release()
 }
+
+// TestPullsAreMeasuredWhileOriginsGrow: for the race detector.
+func TestPullsAreMeasuredWhileOriginsGrow(t *testing.T) {
+	b := newBed(t)
+	layer := b.layerWith("file", []byte("content"))
+	must(t, b.ask(b.push("team/app", true, layer)))
+	end, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			select {
+			case <-end:
+				return
+			default:
+				b.lazy.counts(layer.digest)
+			}
+		}
+	}()
+	for i := range 10 {
+		must(t, b.ask(b.push(fmt.Sprint("team/app", i), true, layer)))
+	}
+	close(end)
+	<-ended
+}
