@@ -1,5 +1,12 @@
 package accel
 
+// Bounds of an eStargz layer's TOC, for all who read one: MaxTOCBytes as JSON, some 600,000 entries, and
+// MaxPackedTOCBytes as it is in the blob. A layer beyond them is not mounted lazily.
+const (
+	MaxTOCBytes       = 256 << 20
+	MaxPackedTOCBytes = 64 << 20
+)
+
 // Chunk is one piece of a lazily loaded layer: where its bytes are in the
 // layer's blob, and where they belong in the file that holds the layer's content
 // on a node. The TOC of an eStargz layer tells the first, package lazyfs decides

@@ -23,7 +23,7 @@ const maxFirstMemberBytes = 8 << 20
 
 // Bounds of the TOC of a layer that claims to have one, as JSON. The stock
 // library has none of its own, and takes about 350 bytes of memory for each
-// entry, be it as short as "{}". Beyond them a layer is converted again.
+// entry, be it as short as "{}": hence they are below accel.MaxTOCBytes. Beyond them a layer is converted again.
 const (
 	maxTOCBytes   = 64 << 20
 	maxTOCEntries = 1 << 19

@@ -2,6 +2,9 @@ package doctor
 
 import (
 	"context"
+	"crypto/ed25519"
+	"crypto/x509"
+	"encoding/pem"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -154,8 +157,22 @@ func TestLazy(t *testing.T) {
 	m.o.KeysFile = "/etc/accel/keys.pem"
 	m.want(m.o.lazy(ctx), Fail, "keys.pem")
 	m.write(m.o.KeysFile, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
-	m.want(m.o.lazy(ctx), Fail, "no public key")
-	m.write(m.o.KeysFile, "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n")
+	m.want(m.o.lazy(ctx), Fail, "want PUBLIC KEY")
+	key := func() string {
+		t.Helper()
+		public, _, err := ed25519.GenerateKey(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw, err := x509.MarshalPKIXPublicKey(public)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: raw}))
+	}
+	m.write(m.o.KeysFile, key()+"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n")
+	m.want(m.o.lazy(ctx), Fail, "block 2")
+	m.write(m.o.KeysFile, key()+key())
 	m.want(m.o.lazy(ctx), OK, "signed by the keys")
 	m.write("/proc/sys/kernel/osrelease", "6.1.0\n")
 	m.want(m.o.lazy(ctx), Warn, "loop-control")

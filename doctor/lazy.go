@@ -2,7 +2,6 @@ package doctor
 
 import (
 	"context"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,6 +10,7 @@ import (
 	"syscall"
 
 	"accel/install"
+	"accel/trust"
 
 	"github.com/containerd/containerd/api/services/introspection/v1"
 	"github.com/containerd/containerd/api/services/snapshots/v1"
@@ -105,8 +105,8 @@ func (o *Options) keys() Finding {
 	if err != nil {
 		return fail("lazy", "snapshotter.keys: "+err.Error(), "write the file with accel keys export, or take the key out")
 	}
-	if block, _ := pem.Decode(text); block == nil || block.Type != "PUBLIC KEY" {
-		return fail("lazy", "snapshotter.keys: "+o.KeysFile+" has no public key in PEM form", "write the file with accel keys export")
+	if _, err := trust.NewVerifier(text); err != nil { // as the node reads it
+		return fail("lazy", "snapshotter.keys: "+o.KeysFile+": "+err.Error(), "write the file with accel keys export; with this one the node answers containerd for no snapshots")
 	}
 	return ok("lazy", "mappings signed by the keys in "+o.KeysFile+" are believed")
 }

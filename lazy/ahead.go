@@ -18,9 +18,13 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// untrustedBytes is how much content a profile may bring that anybody could have attached to the image, where
-// that is more than half of the image.
-const untrustedBytes = 16 << 20
+const (
+	// untrustedBytes is how much content a profile may bring that anybody could have attached to the image, where
+	// that is more than half of the image.
+	untrustedBytes = 16 << 20
+	// PlainTime is how long FetchAhead counts.
+	PlainTime = 10 * time.Minute
+)
 
 // Ahead is what is fetched ahead of a start, by a profile.
 type Ahead struct {
@@ -48,13 +52,19 @@ type span struct{ first, n int }
 func (l *Lazy) fetchAhead(ctx context.Context, img *image, answer <-chan found) {
 	defer func() { img.layouts = nil }() // they take memory
 	f := <-answer
-	if l.starts.isPlain(img.manifest) {
+	if l.starts.isPlain(img.manifest, time.Now()) {
 		return
 	}
 	if f.from == "" && ctx.Err() == nil {
 		f = l.profileAtTarget(ctx, img)
 	}
 	if f.from == "" || ctx.Err() != nil {
+		return
+	}
+	select {
+	case l.plans <- struct{}{}:
+		defer func() { <-l.plans }()
+	case <-ctx.Done():
 		return
 	}
 	began := time.Now()
@@ -173,7 +183,7 @@ func profileLayer(d digest.Digest, f cache.LayerFiles, t *lazyfs.Table) (*profil
 	if err != nil {
 		return nil, fmt.Errorf("table of contents of layer %s: %w", d, err)
 	}
-	toc, err := unpackTOC(packed)
+	toc, err := unpackTOC(packed, nil)
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", d, err)
 	}
@@ -215,20 +225,26 @@ func (l *Lazy) AheadOf(manifest digest.Digest) *Ahead {
 }
 
 // FetchAhead says whether anything is fetched ahead of an image's starts, which is so unless it was turned off; for
-// comparisons. It counts until the node ends, for pulls that begin after it was said.
+// comparisons. It counts for pulls that begin within PlainTime, lest one that is broken off leaves all later starts slow.
 func (l *Lazy) FetchAhead(manifest digest.Digest, on bool) {
-	s := l.starts
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if on || len(s.plain) >= maxAnswers {
-		delete(s.plain, manifest)
-		return
-	}
-	s.plain[manifest] = true
+	l.starts.setPlain(manifest, on, time.Now())
 }
 
-func (s *starts) isPlain(manifest digest.Digest) bool {
+func (s *starts) setPlain(manifest digest.Digest, on bool, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.plain[manifest]
+	for d, until := range s.plain {
+		if !now.Before(until) || len(s.plain) >= maxAnswers { // full: any one goes, it is a matter of minutes
+			delete(s.plain, d)
+		}
+	}
+	if delete(s.plain, manifest); !on {
+		s.plain[manifest] = now.Add(PlainTime)
+	}
+}
+
+func (s *starts) isPlain(manifest digest.Digest, now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return now.Before(s.plain[manifest])
 }

@@ -12,8 +12,9 @@
 // this manifest, with exactly these layers, whose DiffIDs lead to the chain ID that
 // containerd asks for. Images that are eStargz by themselves are mounted where their repository is
 // allowed to be; what their config claims about DiffIDs is compared when a layer is
-// complete, and a liar's snapshots are set aside. The node has to be able to read the source
-// manifest itself, from the repository that it was asked for.
+// complete, or some minutes after it was opened. A liar's snapshots are set aside then, and the lie is remembered. The
+// node has to be able to read the source manifest with its own credentials, from the repository that it was asked
+// for, and that has to hold the layers which the manifest names.
 //
 // # When not
 //

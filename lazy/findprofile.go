@@ -48,7 +48,8 @@ func (l *Lazy) lookForProfile(ctx context.Context, there *attached) <-chan found
 }
 
 // findProfile goes by who is to be trusted: the server, which knows what starts on many nodes read, this
-// node's own starts, whoever may push to the repository. A profile is a hint; a wrong one costs bytes.
+// node's own starts, whoever may push to the repository. A profile is a hint; a wrong one costs bytes. One that
+// was removed at the server is removed here.
 // accel.ErrNotFound where there is none.
 func (l *Lazy) findProfile(ctx context.Context, there *attached) (found, error) {
 	own, ownErr := l.profiles.get(there.manifest)
@@ -57,6 +58,12 @@ func (l *Lazy) findProfile(ctx context.Context, there *attached) (found, error) 
 		patience = ownTime
 	}
 	served, err := l.servedProfile(ctx, there.manifest, patience)
+	if l.o.Server != nil && errors.Is(err, accel.ErrNotFound) && l.profiles.told(there.manifest) {
+		if err := l.forgetProfile(there.manifest); err != nil {
+			return found{}, err
+		}
+		own, ownErr = accel.Profile{}, err
+	}
 	switch served.Origin {
 	case accel.ProfilePredicted, accel.ProfileInherited:
 		if len(own.Items) > 0 { // what was seen here is worth more
@@ -77,6 +84,14 @@ func (l *Lazy) findProfile(ctx context.Context, there *attached) (found, error) 
 		}
 	}
 	return found{}, errors.Join(ownErr, err, attachedErr)
+}
+
+// forgetProfile drops what this node recorded of an image: the server had it too, and it was removed there (accel profile
+// rm). The next start is recorded anew.
+func (l *Lazy) forgetProfile(manifest digest.Digest) error {
+	l.o.Log.Info("the profile of an image was removed at the server, and is here too", "manifest", manifest)
+	l.starts.more(manifest, true)
+	return l.profiles.remove(manifest)
 }
 
 // profileAtTarget looks where the converted image is, when that is another repository: the service publishes it

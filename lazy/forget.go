@@ -45,11 +45,7 @@ func (l *Lazy) Forget(ctx context.Context, d digest.Digest) error {
 	}
 	defer unlock()
 	l.mu.Lock()
-	for _, key := range l.answers.Keys() {
-		if a, ok := l.answers.Peek(key); ok && a.has(d) {
-			l.answers.Remove(key)
-		}
-	}
+	l.dropAnswers(d)
 	open := l.open[d] != nil
 	l.mu.Unlock()
 	if !open {
@@ -72,10 +68,13 @@ func (l *Lazy) Forget(ctx context.Context, d digest.Digest) error {
 	return nil
 }
 
-// ForgetProfile drops what this node recorded of an image.
-func (l *Lazy) ForgetProfile(manifest digest.Digest) error {
-	l.starts.enough.Remove(manifest)
-	return l.profiles.remove(manifest)
+// dropAnswers has images with a layer looked at anew. l.mu is held.
+func (l *Lazy) dropAnswers(d digest.Digest) {
+	for _, key := range l.answers.Keys() {
+		if a, ok := l.answers.Peek(key); ok && a.has(d) {
+			l.answers.Remove(key)
+		}
+	}
 }
 
 // has reports whether an answer that is there is about a layer.

@@ -15,7 +15,6 @@ import (
 	"accel/lazyfs"
 	"accel/registry"
 
-	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -49,6 +48,7 @@ type image struct {
 type layer struct {
 	Digest digest.Digest // of the eStargz blob
 	source digest.Digest // of the layer that containerd asks for
+	diffID digest.Digest // what the image's config claims it to be; empty where a mapping is trusted
 	origin origin
 }
 
@@ -56,8 +56,8 @@ func declined(format string, args ...any) error {
 	return &Declined{Reason: fmt.Sprintf(format, args...)}
 }
 
-// resolve finds out how an image is mounted. The source manifest is asked for in every case: who cannot read
-// it may not have what stands in for it either.
+// resolve finds out how an image is mounted. The source manifest is asked for in every case, and that its repository
+// holds its layers: who cannot read them there may not have what stands in for them either.
 func (l *Lazy) resolve(ctx context.Context, name string, p *prospect) (*image, error) {
 	source, manifest := p.there.source, p.there.manifest
 	var (
@@ -81,7 +81,10 @@ func (l *Lazy) resolve(ctx context.Context, name string, p *prospect) (*image, e
 	var err error
 	switch {
 	case mapErr == nil:
-		err = img.fromMapping(m, content)
+		if err = img.fromMapping(m, content); err == nil && !l.same(source, m.SourceRepository) {
+			// The manifest alone opens nothing: whoever knows its bytes can put it anywhere.
+			err = l.holds(ctx, source, content.Layers)
+		}
 	case errors.Is(mapErr, accel.ErrNotFound):
 		err = l.fromStargz(ctx, img, source, content)
 	default:
@@ -121,7 +124,8 @@ func (img *image) chain(diffIDs []digest.Digest) {
 }
 
 // fromStargz takes an image that is eStargz itself. Its config says which DiffIDs its layers have, and is not
-// believed for good.
+// believed for good. That the manifest names a layer which is here, for another image, is no reason to give it away: its
+// own repository has to hold it.
 func (l *Lazy) fromStargz(ctx context.Context, img *image, source *registry.Source, content ocispec.Manifest) error {
 	if !l.allows(l.o.Stargz, source.Repository()) {
 		return declined("no converted form of %s is known, and repository %s is not allowed to be mounted as it is", img.manifest, source.Repository())
@@ -137,14 +141,23 @@ func (l *Lazy) fromStargz(ctx context.Context, img *image, source *registry.Sour
 		}
 		img.layers = append(img.layers, layer{Digest: d.Digest, source: d.Digest, origin: o})
 	}
-	diffIDs, err := l.diffIDs(ctx, source, content.Config)
-	if err != nil {
+	g, ctx := errgroup.WithContext(ctx)
+	var diffIDs []digest.Digest
+	g.Go(func() (err error) {
+		diffIDs, err = l.diffIDs(ctx, source, content.Config)
+		return err
+	})
+	g.Go(func() error { return l.holds(ctx, source, content.Layers) })
+	if err := g.Wait(); err != nil {
 		return err
 	}
 	if len(diffIDs) != len(img.layers) {
 		return declined("image %s has %d layers and %d DiffIDs", img.manifest, len(img.layers), len(diffIDs))
 	}
 	img.chain(diffIDs)
+	for i, d := range diffIDs {
+		img.layers[i].diffID = d
+	}
 	for chain, i := range img.chains {
 		img.layers[i].origin.Claims = append(img.layers[i].origin.Claims, claim{DiffID: diffIDs[i], Chain: chain})
 	}
@@ -165,7 +178,7 @@ func (l *Lazy) diffIDs(ctx context.Context, source *registry.Source, config ocis
 		return nil, declined("config %s: %v", config.Digest, err)
 	}
 	for _, d := range image.RootFS.DiffIDs {
-		if d.Validate() != nil {
+		if d.Validate() != nil || d.Algorithm() != digest.SHA256 { // which is what is compared with it
 			return nil, declined("config %s: DiffID %q", config.Digest, d)
 		}
 	}
@@ -186,32 +199,6 @@ func (l *Lazy) small(ctx context.Context, source *registry.Source, d digest.Dige
 		return nil, fmt.Errorf("%w: blob %s", cache.ErrDigest, d)
 	}
 	return raw, nil
-}
-
-// manifest brings a platform manifest: from the store, where that repository is known to hold it, or
-// from the registry.
-func (l *Lazy) manifest(ctx context.Context, source *registry.Source, d digest.Digest) (content ocispec.Manifest, err error) {
-	held, err := l.o.Store.Manifest(d)
-	if err != nil || !l.o.Store.Linked(source.Repository(), d) {
-		raw, desc, err := source.Manifest(ctx, d.String())
-		if err != nil {
-			return content, err
-		}
-		held = cache.Manifest{Digest: d, MediaType: string(desc.MediaType), Raw: raw}
-		if err := errors.Join(l.o.Store.PutManifest(held), l.o.Store.Link(source.Repository(), d)); err != nil {
-			l.o.Log.Warn("the cache takes nothing in", "manifest", d, "error", err)
-		}
-	}
-	if !types.MediaType(held.MediaType).IsImage() {
-		return content, declined("%s is a %s, not an image", d, held.MediaType)
-	}
-	if err := json.Unmarshal(held.Raw, &content); err != nil {
-		return content, declined("manifest %s: %v", d, err)
-	}
-	if len(content.Layers) == 0 || len(content.Layers) > maxLayers {
-		return content, declined("manifest %s has %d layers", d, len(content.Layers))
-	}
-	return content, nil
 }
 
 // allows reports whether one of the globs matches.

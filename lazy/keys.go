@@ -15,9 +15,13 @@ import (
 	"accel/trust"
 )
 
-// keysAgain is how soon the server is asked for its keys again when one signed that
-// is not known.
-const keysAgain = 30 * time.Second
+const (
+	// keysAgain is how soon the server is asked for its keys again when one signed that is not known: whoever may push
+	// can attach mappings that a stranger signed.
+	keysAgain = 30 * time.Second
+	// keysRetry is that after a question that failed, doubled each time up to keysAgain.
+	keysRetry = time.Second
+)
 
 // Keys are the public keys whose mappings are believed: those of a file, and those that the
 // server says are its own. The latter are kept on disk, for starts without the server.
@@ -27,7 +31,9 @@ type Keys struct {
 
 	mu      sync.Mutex
 	trusted []*trust.Verifier
-	askedAt time.Time
+	turns   int           // how often the server has said its keys
+	again   time.Time     // not asked before; zero: at once
+	pause   time.Duration // after the last failure
 	asking  chan struct{} // closed when the question that is under way is answered; nil: none is
 }
 
@@ -63,7 +69,7 @@ func OpenKeys(file, dir string, ask func(context.Context) ([]byte, error)) (*Key
 }
 
 // Verify checks an envelope with all keys. Where none fits, the server is asked for its keys
-// again, but not more often than every 30 s. The errors are trust.Verifier's.
+// again, but not more often than every 30 s, after failures from every second on. The errors are trust.Verifier's.
 func (k *Keys) Verify(ctx context.Context, envelope []byte) (accel.Mapping, error) {
 	m, err := k.verify(ctx, envelope)
 	if err == nil || !errors.Is(err, accel.ErrUnauthenticated) || !k.refresh(ctx) {
@@ -93,34 +99,48 @@ func (k *Keys) refresh(ctx context.Context) bool {
 		k.mu.Unlock()
 		return false
 	}
-	if under := k.asking; under != nil {
+	for before := k.turns; k.asking != nil; {
+		under := k.asking
 		k.mu.Unlock()
 		select {
 		case <-under:
-			return true
 		case <-ctx.Done():
 			return false
 		}
+		k.mu.Lock()
+		if k.turns != before {
+			k.mu.Unlock()
+			return true
+		}
+		// It failed, perhaps because the one who asked was no longer interested.
 	}
-	if time.Since(k.askedAt) < keysAgain {
+	if time.Now().Before(k.again) {
 		k.mu.Unlock()
 		return false
 	}
-	k.asking = make(chan struct{})
+	done := make(chan struct{})
+	k.asking = done
 	k.mu.Unlock()
+
 	pem, err := k.ask(ctx)
 	var v *trust.Verifier
 	if err == nil {
 		v, err = trust.NewVerifier(pem)
 	}
+
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	close(k.asking)
 	k.asking = nil
+	close(done)
 	if err != nil {
-		return false // asked again at the next chance
+		if ctx.Err() == nil { // else it says nothing about the server
+			k.pause = min(max(2*k.pause, keysRetry), keysAgain)
+			k.again = time.Now().Add(k.pause)
+		}
+		return false
 	}
-	k.askedAt = time.Now()
+	k.turns++
+	k.pause, k.again = 0, time.Now().Add(keysAgain)
 	if k.file != "" {
 		k.trusted = []*trust.Verifier{k.trusted[0], v}
 	} else {

@@ -1,6 +1,7 @@
 package lazy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,6 +24,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
 )
 
 // Declined is why an image is not mounted lazily; containerd pulls it as ever.
@@ -39,6 +41,8 @@ const (
 	maxAnswers = 1024
 	// opening layers at a time: a TOC of 30,000 files takes some 40 MB while its files are made.
 	openings = 4
+	// plans at a time: each has its layers' files in memory, some 40 MB for 30,000 of them.
+	plannings = 2
 	// heldTime is how long the background waits for what is to be fetched ahead.
 	heldTime = time.Second
 	// idleTime is how long a layer that was prepared, and is not mounted, stays open.
@@ -60,15 +64,21 @@ type Options struct {
 	Keys     *Keys
 	// Off makes every new pull an ordinary one; what is mounted stays.
 	Off bool
+	// Own is what the store's grants have for the node's own credentials (mirror.OwnClient); empty: registries are asked
+	// every time. GrantTTL and GrantGrace are for how long such a grant counts, as in mirror.Options: 0 is the default
+	// of 5 min and 24 h, negative not at all.
+	Own                  string
+	GrantTTL, GrantGrace time.Duration
 	// Except are globs of repositories ("host/path") that are never mounted lazily, Stargz those whose
 	// images may be mounted as they are where they are eStargz themselves.
 	Except, Stargz []string
 	// BackgroundBytesPerSecond bounds what is fetched before it is read; 0: what is left of the
 	// network; negative: nothing is (prefetch.Options).
 	BackgroundBytesPerSecond int64
-	// SetAside is told of a layer whose image lied about its DiffID, by the chain ID that containerd
-	// knows it by. Nothing may use it any more.
-	SetAside func(ctx context.Context, chain digest.Digest, reason string) error
+	// SetAside is told of a layer whose image lied about its DiffID, and of the chain ID that containerd
+	// has it under by that lie. Nothing may use it there any more; another layer under that chain ID is somebody else's, and no
+	// lie. It may be told of one several times; nil: nobody is.
+	SetAside func(ctx context.Context, layer, chain digest.Digest, reason string) error
 	// Remount mounts layers again whose holder has died, for the containers to come.
 	Remount func(ctx context.Context, layers []digest.Digest) error
 	// Record takes each lazy pull that was measured; nil: nobody wants to know.
@@ -84,10 +94,13 @@ type Lazy struct {
 	host    *lazyfs.Host
 	filler  *prefetch.Filler
 	origins origins
-	locks   keylock.Mutex // one for each layer
-	turns   keylock.Mutex // one for each layer: how it is mounted, by the plain file or through the holder
-	slots   chan struct{}
-	checks  chan digest.Digest // complete layers whose DiffID is to be computed
+	locks   keylock.Mutex       // one for each layer
+	turns   keylock.Mutex       // one for each layer: how it is mounted, by the plain file or through the holder
+	slots   chan struct{}       // as many as layers are opened at a time
+	plans   chan struct{}       // as many as plans are made at a time
+	tocs    *semaphore.Weighted // bytes of TOCs that are unpacked while layers are opened
+	checks  chan digest.Digest  // layers whose DiffID is to be computed
+	liars   liars
 	pulls   pulls
 	rates   rates
 
@@ -136,13 +149,19 @@ func New(o Options) (*Lazy, error) {
 	if o.Dir == "" || o.RunDir == "" || o.Store == nil || o.Registry == nil || o.Keys == nil || len(o.Holder) == 0 {
 		return nil, fmt.Errorf("%w: lazy mounts need folders, a store, registries, keys and a holder", accel.ErrInvalid)
 	}
-	l := &Lazy{o: o, origins: origins{filepath.Join(o.Dir, "origins")}, slots: make(chan struct{}, openings), checks: make(chan digest.Digest, 1024), open: map[digest.Digest]*openLayer{}, expected: map[imageKey]*prospect{}}
+	l := &Lazy{o: o, origins: origins{filepath.Join(o.Dir, "origins")}, slots: make(chan struct{}, openings), plans: make(chan struct{}, plannings), tocs: semaphore.NewWeighted(accel.MaxTOCBytes), checks: make(chan digest.Digest, 1024), open: map[digest.Digest]*openLayer{}, expected: map[imageKey]*prospect{}}
 	l.pulls = pulls{record: o.Record, counts: l.counts, under: map[digest.Digest]*pull{}}
+	l.o.GrantTTL = cmp.Or(o.GrantTTL, defaultGrantTTL)
+	l.o.GrantGrace = cmp.Or(o.GrantGrace, defaultGrantGrace)
+	if o.SetAside == nil {
+		l.o.SetAside = func(context.Context, digest.Digest, digest.Digest, string) error { return nil }
+	}
 	if o.Record == nil {
 		l.pulls.record = func(accel.Pull) {}
 	}
-	l.profiles.dir, l.reports = filepath.Join(o.Dir, "profiles"), reports{filepath.Join(o.Dir, "starts"), make(chan struct{}, 1)}
-	for _, dir := range []string{l.origins.dir, l.profiles.dir, l.reports.dir} {
+	l.liars.dir = filepath.Join(o.Dir, "liars")
+	l.profiles.dir, l.reports = filepath.Join(o.Dir, "profiles"), reports{dir: filepath.Join(o.Dir, "starts"), wake: make(chan struct{}, 1)}
+	for _, dir := range []string{l.origins.dir, l.liars.dir, l.profiles.dir, l.reports.dir} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
 		}
@@ -229,6 +248,8 @@ func (l *Lazy) Run(ctx context.Context) error {
 		return nil
 	})
 	err := g.Wait()
+	l.mu.Lock()   // whoever has looked whether it runs has begun its work
+	l.mu.Unlock() //nolint:staticcheck // a barrier
 	l.work.Wait()
 	return err
 }
@@ -246,6 +267,9 @@ func (l *Lazy) Layer(ctx context.Context, r snapshot.Request) (snapshot.Lazy, er
 		return snapshot.Lazy{}, declined("containerd does not say which manifest of %s it pulls: are annotations for snapshotters disabled?", r.Reference)
 	}
 	img, err := l.image(ctx, imageKey{ref.Name(), r.Manifest}, r.Reference)
+	if err == nil {
+		err = l.honest(img) // the answer may be older than what is known of a layer
+	}
 	if err != nil {
 		return snapshot.Lazy{}, err
 	}
@@ -365,6 +389,9 @@ func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey, k
 		img = &image{name: name, repository: known.repository, manifest: known.manifest, layers: known.layers, chains: known.chains}
 	} else {
 		img, err = l.resolve(ctx, name, p)
+	}
+	if err == nil {
+		err = l.recall(img)
 	}
 	if err != nil {
 		cancel()

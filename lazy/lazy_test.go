@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -38,8 +39,21 @@ func TestOriginsOfOneLayerAreJoined(t *testing.T) {
 	unknown.Claims = []claim{{DiffID: digest.FromString("d"), Chain: digest.FromString("c")}}
 	both, err := someOrigin().join(unknown)
 	must(t, err)
-	if both.TOCOffset != 50 || !both.Signed || len(both.Claims) != 1 || len(both.Repositories) != 2 || both.host() != "registry.test" || both.Repositories[0] != "registry.test/b" {
+	if both.TOCOffset != 50 || !both.Signed || len(both.Claims) != 1 || len(both.Repositories) != 2 || both.host() != "registry.test" || both.Repositories[0] != "registry.test/a" {
 		t.Errorf("joined: %+v", both)
+	}
+	if other, err := unknown.join(someOrigin()); err != nil || other.Repositories[0] != "registry.test/a" {
+		t.Errorf("joined the other way round: %+v, %v; want where the mapping says first", other, err)
+	}
+	many := unknown
+	for i := range 3 * maxRepositories {
+		other := unknown
+		other.Repositories = []string{fmt.Sprint("registry.test/", i)}
+		many, err = many.join(other)
+		must(t, err)
+	}
+	if r := many.Repositories; len(r) != maxRepositories || r[len(r)-1] != "registry.test/b" || r[0] != fmt.Sprint("registry.test/", 3*maxRepositories-1) {
+		t.Errorf("of many repositories these are left: %s", r)
 	}
 	again, err := both.join(unknown)
 	must(t, err)
@@ -54,6 +68,11 @@ func TestOriginsOfOneLayerAreJoined(t *testing.T) {
 		if _, err := both.join(other); !errors.Is(err, accel.ErrConflict) {
 			t.Errorf("another %s: %v, want a conflict", name, err)
 		}
+	}
+	checked := someOrigin()
+	checked.DiffID = unknown.Claims[0].DiffID
+	if settled, err := checked.join(unknown); err != nil || len(settled.Claims) > 0 {
+		t.Errorf("a claim that is known to be true is kept: %+v, %v", settled, err)
 	}
 	for i := range maxClaims + 1 {
 		c := someOrigin()
@@ -127,6 +146,10 @@ func TestKeys(t *testing.T) {
 		t.Errorf("by the server's key, with the server away: %v", err)
 	}
 	away = false
+	if _, err := keys.Verify(t.Context(), signed(servers)); !errors.Is(err, accel.ErrUnauthenticated) || asked != 1 {
+		t.Errorf("just after a failure: %v, asked %d times", err, asked)
+	}
+	keys.again = time.Time{} // a second later
 	if _, err := keys.Verify(t.Context(), signed(servers)); err != nil {
 		t.Errorf("by the server's key: %v", err)
 	}
@@ -167,7 +190,7 @@ func TestTOC(t *testing.T) {
 	packed, want := stargz(t)
 	at, err := tocOffset(packed, int64(len(packed)))
 	must(t, err)
-	json, err := unpackTOC(packed[at:])
+	json, err := unpackTOC(packed[at:], nil)
 	must(t, err)
 	if digest.FromBytes(json) != want {
 		t.Errorf("the TOC is %s", json)
@@ -176,7 +199,7 @@ func TestTOC(t *testing.T) {
 		if _, err := tocOffset(end, int64(len(packed))); !errors.Is(err, errTOC) {
 			t.Errorf("footer of %s: %v", name, err)
 		}
-		if _, err := unpackTOC(end); !errors.Is(err, errTOC) {
+		if _, err := unpackTOC(end, nil); !errors.Is(err, errTOC) {
 			t.Errorf("TOC of %s: %v", name, err)
 		}
 	}
@@ -191,7 +214,7 @@ func FuzzTOC(f *testing.F) {
 		if err == nil && (at < 0 || at >= int64(len(b))) {
 			t.Fatalf("a TOC at %d of %d bytes", at, len(b))
 		}
-		if json, err := unpackTOC(b[max(0, min(at, int64(len(b)))):]); err == nil && len(json) == 0 {
+		if json, err := unpackTOC(b[max(0, min(at, int64(len(b)))):], nil); err == nil && len(json) == 0 {
 			t.Fatal("an empty TOC")
 		}
 	})

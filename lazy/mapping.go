@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"accel"
+	"accel/registry"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -69,12 +70,20 @@ func (l *Lazy) attachedMapping(ctx context.Context, there *attached) (accel.Mapp
 	if err != nil {
 		return accel.Mapping{}, err
 	}
+	var unread []error // one that cannot be read may be anybody's; the next may be the service's
 	for _, desc := range list {
 		envelope := desc.Annotations[accel.AnnotationMapping]
 		if envelope == "" { // a registry whose listing leaves the annotations out
 			m, err := artifactOf(ctx, there.source, digest.Digest(desc.Digest.String()))
+			if ctx.Err() != nil {
+				return accel.Mapping{}, ctx.Err()
+			}
 			if err != nil {
-				return accel.Mapping{}, err
+				l.o.Log.Debug("what may be a mapping cannot be read", "manifest", there.manifest, "artifact", desc.Digest, "error", err)
+				if registry.Unreachable(err) {
+					unread = append(unread, err)
+				}
+				continue
 			}
 			envelope = m.Annotations[accel.AnnotationMapping]
 		}
@@ -85,6 +94,9 @@ func (l *Lazy) attachedMapping(ctx context.Context, there *attached) (accel.Mapp
 		if ctx.Err() != nil {
 			return accel.Mapping{}, ctx.Err()
 		}
+	}
+	if len(unread) > 0 { // soon looked at again
+		return accel.Mapping{}, errors.Join(unread...)
 	}
 	return accel.Mapping{}, fmt.Errorf("%w: nothing that refers to %s is a mapping that can be believed", accel.ErrNotFound, there.manifest)
 }

@@ -72,7 +72,11 @@ func (l *Lazy) knownOrigin(d digest.Digest, said *origin) (origin, error) {
 		return known, err
 	}
 	o := *said
-	if err == nil {
+	if err == nil && known.contradicts(o) && (o.Signed || !known.Signed) && l.absent(d) {
+		// What was said before was never found to be true: it must not keep those out who say something else.
+		l.o.Log.Info("another image said something else of a layer, which is not here", "layer", d, "said", known.Repositories, "now", o.Repositories)
+		o.DiffID, known, err = known.DiffID, origin{}, nil
+	} else if err == nil {
 		if o, err = known.join(*said); err != nil {
 			return o, declined("%v", err)
 		}
@@ -99,7 +103,9 @@ func (l *Lazy) create(ctx context.Context, d digest.Digest, o *origin) (*cache.L
 		return nil, nil, ctx.Err()
 	}
 	began := time.Now()
-	packed, json, offset, err := l.fetchTOC(ctx, d, *o)
+	memory := &tocMemory{all: l.tocs}
+	defer memory.release()
+	packed, json, offset, err := l.fetchTOC(ctx, d, *o, memory)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -124,7 +130,7 @@ func (l *Lazy) create(ctx context.Context, d digest.Digest, o *origin) (*cache.L
 }
 
 // fetchTOC tries the repositories that have the layer.
-func (l *Lazy) fetchTOC(ctx context.Context, d digest.Digest, o origin) (packed, json []byte, offset int64, err error) {
+func (l *Lazy) fetchTOC(ctx context.Context, d digest.Digest, o origin, memory *tocMemory) (packed, json []byte, offset int64, err error) {
 	for _, repository := range o.Repositories {
 		source, sourceErr := l.o.Registry.Source(repository, "")
 		if sourceErr != nil {
@@ -132,7 +138,7 @@ func (l *Lazy) fetchTOC(ctx context.Context, d digest.Digest, o origin) (packed,
 			continue
 		}
 		var tocErr error
-		if packed, json, offset, tocErr = l.toc(ctx, source, d, o); tocErr == nil {
+		if packed, json, offset, tocErr = l.toc(ctx, source, d, o, memory); tocErr == nil {
 			return packed, json, offset, nil
 		}
 		err = errors.Join(err, tocErr)

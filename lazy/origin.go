@@ -1,6 +1,7 @@
 package lazy
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,7 +18,8 @@ import (
 )
 
 const (
-	// maxRepositories of one layer are remembered, the ones used last first.
+	// maxRepositories of one layer are remembered, the ones used last first. The oldest stays: whoever names the layer in
+	// many repositories, and empties them, does not cut off those who had it before.
 	maxRepositories = 4
 	// maxClaims about one layer are remembered; more than these are declined.
 	maxClaims = 256
@@ -44,25 +46,37 @@ type claim struct {
 	Chain  digest.Digest `json:"chain"`
 }
 
+// contradicts reports whether what another image says of the same layer cannot be right too.
+func (o origin) contradicts(n origin) bool {
+	return o.SizeBytes != n.SizeBytes || o.TOCDigest != n.TOCDigest || o.TOCOffset >= 0 && n.TOCOffset >= 0 && o.TOCOffset != n.TOCOffset
+}
+
 // join adds what another image says of the same layer. ErrConflict where they cannot both be
-// right.
+// right. What a mapping says counts more than what anybody's config does.
 func (o origin) join(n origin) (origin, error) {
-	if o.SizeBytes != n.SizeBytes || o.TOCDigest != n.TOCDigest || o.TOCOffset >= 0 && n.TOCOffset >= 0 && o.TOCOffset != n.TOCOffset {
+	if o.contradicts(n) {
 		return o, fmt.Errorf("%w: the layer is known with %d bytes and the TOC %s at %d, not %d bytes and %s at %d",
 			accel.ErrConflict, o.SizeBytes, o.TOCDigest, o.TOCOffset, n.SizeBytes, n.TOCDigest, n.TOCOffset)
 	}
 	o.TOCOffset = max(o.TOCOffset, n.TOCOffset)
+	first, then := n.Repositories, o.Repositories
+	if o.Signed && !n.Signed {
+		first, then = then, first
+	}
 	o.Signed = o.Signed || n.Signed
-	all := slices.Clone(n.Repositories)
-	for _, r := range o.Repositories {
+	all := slices.Clone(first)
+	for _, r := range then {
 		if !slices.Contains(all, r) {
 			all = append(all, r)
 		}
 	}
-	o.Repositories = all[:min(len(all), maxRepositories)]
+	if len(all) > maxRepositories { // the last is the oldest, or the newest that nobody signed for
+		all = append(all[:maxRepositories-1], all[len(all)-1])
+	}
+	o.Repositories = all
 	o.Claims = slices.Clone(o.Claims)
 	for _, c := range n.Claims {
-		if !slices.Contains(o.Claims, c) {
+		if !slices.Contains(o.Claims, c) && (o.DiffID == "" || o.DiffID != c.DiffID) { // one that is known to be true is settled
 			o.Claims = append(o.Claims, c)
 		}
 	}
@@ -114,7 +128,7 @@ func (o origins) put(d digest.Digest, at origin) error {
 	return durable.WriteFile(o.path(d), raw, 0o600)
 }
 
-// sweep removes the files of layers that are gone, and what crashes left.
+// sweep removes the files of layers that are gone, and what crashes left. Nobody else may be writing any.
 func (o origins) sweep(there func(digest.Digest) bool) error {
 	entries, err := os.ReadDir(o.dir)
 	if err != nil {
@@ -122,12 +136,65 @@ func (o origins) sweep(there func(digest.Digest) bool) error {
 	}
 	var errs []error
 	for _, e := range entries {
-		algorithm, hex, _ := strings.Cut(strings.TrimSuffix(e.Name(), ".json"), "-")
-		d := digest.NewDigestFromEncoded(digest.Algorithm(algorithm), hex)
-		if d.Validate() == nil && there(d) {
+		if d := layerOfFile(e.Name()); d.Validate() == nil && there(d) {
 			continue
 		}
 		errs = append(errs, os.Remove(filepath.Join(o.dir, e.Name())))
 	}
 	return errors.Join(errs...)
+}
+
+// layerOfFile is the layer that a file is about; not valid where it is about none.
+func layerOfFile(name string) digest.Digest {
+	algorithm, hex, _ := strings.Cut(strings.TrimSuffix(name, ".json"), "-")
+	return digest.NewDigestFromEncoded(digest.Algorithm(algorithm), hex)
+}
+
+// sweepOrigins removes what is known of layers that were evicted, while layers are opened.
+func (l *Lazy) sweepOrigins(ctx context.Context) error {
+	entries, err := os.ReadDir(l.origins.dir)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range entries {
+		if d := layerOfFile(e.Name()); d.Validate() == nil {
+			errs = append(errs, l.sweepOrigin(ctx, d))
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (l *Lazy) sweepOrigin(ctx context.Context, d digest.Digest) error {
+	if !l.absent(d) {
+		return nil
+	}
+	unlock, err := l.locks.Lock(ctx, d.String()) // lest it is just being made
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if !l.absent(d) {
+		return nil
+	}
+	if err := os.Remove(l.origins.path(d)); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// absent reports whether a layer is neither open nor in the store, so that what is known of it was never compared with it,
+// or is of no use any more.
+func (l *Lazy) absent(d digest.Digest) bool {
+	l.mu.Lock()
+	open := l.open[d] != nil
+	l.mu.Unlock()
+	if open {
+		return false
+	}
+	_, err := l.o.Store.Layer(d)
+	return errors.Is(err, accel.ErrNotFound)
 }

@@ -44,7 +44,7 @@ func recorder(t *testing.T, server string) *Lazy {
 	dir := t.TempDir()
 	l := &Lazy{starts: startsOf(t)}
 	l.o.Log, l.o.Node = slog.New(slog.DiscardHandler), "n1"
-	l.profiles.dir, l.reports = filepath.Join(dir, "profiles"), reports{filepath.Join(dir, "starts"), make(chan struct{}, 1)}
+	l.profiles.dir, l.reports = filepath.Join(dir, "profiles"), reports{dir: filepath.Join(dir, "starts"), wake: make(chan struct{}, 1)}
 	for _, d := range []string{l.profiles.dir, l.reports.dir} {
 		if err := os.Mkdir(d, 0o700); err != nil {
 			t.Fatal(err)
@@ -295,6 +295,36 @@ func TestWhichProfile(t *testing.T) {
 	find(fromNode, "own")
 	served.Store(&recorded)
 	find(fromServer, "recorded")
-	server.Close()
+
+	// One that the server does not know yet is kept; one that it knew and does not know any more is dropped.
+	served.Store(nil)
+	find(fromNode, "own")
+	if err := l.profiles.tell(manifest); err != nil {
+		t.Fatal(err)
+	}
+	l.starts.more(manifest, false)
+	served.Store(&recorded)
+	find(fromServer, "recorded")
+	if _, err := l.profiles.add(reportOn(manifest, 2, "own")); err != nil || !l.profiles.told(manifest) {
+		t.Fatal("with one more start, it is not known that the server knows it:", err)
+	}
+	served.Store(nil)
+	find(fromRegistry, "of/registry")
+	if _, err := l.profiles.get(manifest); !errors.Is(err, accel.ErrNotFound) {
+		t.Errorf("a profile that was removed at the server: %v", err)
+	}
+	l.starts.mu.Lock()
+	if !l.starts.wants(manifest) {
+		t.Error("the next start is not recorded")
+	}
+	l.starts.mu.Unlock()
+
+	if _, err := l.profiles.add(reportOn(manifest, 3, "own")); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.profiles.tell(manifest); err != nil {
+		t.Fatal(err)
+	}
+	server.Close() // which is no reason to drop it
 	find(fromNode, "own")
 }

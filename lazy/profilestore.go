@@ -26,6 +26,9 @@ const (
 	// what was recorded before says nothing about it.
 	changedShare  = 0.5
 	summarySuffix = ".starts"
+	// toldSuffix has the summary of an image of which the server took a complete start: when it has no profile of it
+	// after that, somebody removed it, and nobody is to go by what is here either.
+	toldSuffix = ".told" + summarySuffix
 )
 
 // profiles are the summaries of the starts that this node recorded itself, a file for each image. A node
@@ -35,8 +38,39 @@ type profiles struct {
 	mu  sync.Mutex
 }
 
+// path is the file of an image's summary. p.mu is held.
 func (p *profiles) path(manifest digest.Digest) string {
-	return filepath.Join(p.dir, manifest.Algorithm().String()+"-"+manifest.Encoded()+summarySuffix)
+	if told := p.file(manifest, toldSuffix); exists(told) {
+		return told
+	}
+	return p.file(manifest, summarySuffix)
+}
+
+func (p *profiles) file(manifest digest.Digest, suffix string) string {
+	return filepath.Join(p.dir, manifest.Algorithm().String()+"-"+manifest.Encoded()+suffix)
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// tell notes that the server took a complete start of an image.
+func (p *profiles) tell(manifest digest.Digest) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	from, to := p.file(manifest, summarySuffix), p.file(manifest, toldSuffix)
+	if !exists(from) || exists(to) {
+		return nil
+	}
+	return os.Rename(from, to) // not durable: it may be told again
+}
+
+// told reports whether it did.
+func (p *profiles) told(manifest digest.Digest) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return exists(p.file(manifest, toldSuffix))
 }
 
 // summary is accel.ErrNotFound where there is none, also where it is damaged.
@@ -93,10 +127,13 @@ func (p *profiles) add(r profile.Report) (reports int, err error) {
 func (p *profiles) remove(manifest digest.Digest) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if err := os.Remove(p.path(manifest)); !errors.Is(err, fs.ErrNotExist) {
-		return err
+	var errs []error
+	for _, suffix := range []string{summarySuffix, toldSuffix} {
+		if err := os.Remove(p.file(manifest, suffix)); !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // trim removes the oldest above the bound, and what crashes left. p.mu is held, or nobody knows p yet.

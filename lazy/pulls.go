@@ -161,6 +161,10 @@ func (l *Lazy) measure(ctx context.Context) error {
 func (l *Lazy) counts(d digest.Digest) counts {
 	l.mu.Lock()
 	y := l.open[d]
+	var size int64
+	if y != nil {
+		size = y.origin.SizeBytes // under the lock: what is known of the origin grows
+	}
 	l.mu.Unlock()
 	if y == nil {
 		return counts{}
@@ -169,6 +173,6 @@ func (l *Lazy) counts(d digest.Digest) counts {
 	there := int64(y.Len() - y.Left())
 	return counts{
 		fetched: s.FetchedBytes, copied: s.CopiedBytes, misses: s.Misses, missBytes: s.MissBytes, demanded: s.DemandBytes, waited: s.Waited,
-		size: y.origin.SizeBytes, present: int64(float64(y.origin.SizeBytes) * float64(there) / float64(cmp.Or(y.Len(), 1))),
+		size: size, present: int64(float64(size) * float64(there) / float64(cmp.Or(y.Len(), 1))),
 	}
 }

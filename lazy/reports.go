@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,14 +26,16 @@ const (
 	// reportTime bounds one attempt, maxReportAge all of them: after so long the image is another one.
 	reportTime   = 30 * time.Second
 	maxReportAge = 7 * 24 * time.Hour
-	// maxRefused in a row, and the rest waits for the next round: one that cannot be brought must not be in the way of all.
+	// maxRefused in a row, and the rest waits for the next round, which begins after them: those that cannot be brought
+	// must not be in the way of all.
 	maxRefused = 3
 )
 
 // reports are the starts that the server has not heard of, a file each.
 type reports struct {
-	dir  string
-	wake chan struct{} // one slot
+	dir   string
+	wake  chan struct{} // one slot
+	after string        // the file at which the last round ended before all were tried; of the goroutine that reports
 }
 
 // put keeps a report until the server has it.
@@ -80,7 +83,8 @@ func (l *Lazy) report(ctx context.Context) error {
 	return nil
 }
 
-// reportAll goes through them, the oldest first. The error is about what is to be tried again.
+// reportAll goes through them, the oldest first, but those last that the last round ended with. The error is about what is to be
+// tried again.
 func (l *Lazy) reportAll(ctx context.Context) error {
 	files, err := filesIn(l.reports.dir)
 	if err != nil {
@@ -88,6 +92,10 @@ func (l *Lazy) reportAll(ctx context.Context) error {
 	}
 	var errs []error
 	refused := 0
+	if i := slices.IndexFunc(files, func(f fs.FileInfo) bool { return f.Name() == l.reports.after }); i >= 0 {
+		files = slices.Concat(files[i+1:], files[:i+1])
+	}
+	l.reports.after = ""
 	for _, f := range files {
 		if !strings.HasSuffix(f.Name(), reportSuffix) {
 			continue
@@ -104,6 +112,7 @@ func (l *Lazy) reportAll(ctx context.Context) error {
 		default:
 			errs = append(errs, err)
 			if refused++; refused == maxRefused || ctx.Err() != nil {
+				l.reports.after = f.Name()
 				return errors.Join(errs...)
 			}
 			continue
@@ -135,5 +144,10 @@ func (l *Lazy) reportOne(ctx context.Context, r profile.Report) error {
 		return fmt.Errorf("report a start of %s: %w", r.Manifest, err)
 	}
 	l.starts.more(r.Manifest, receipt.WantMore)
+	if r.Complete && len(r.Items) > 0 {
+		if err := l.profiles.tell(r.Manifest); err != nil {
+			l.o.Log.Warn("that the server knows starts of an image cannot be noted", "manifest", r.Manifest, "error", err)
+		}
+	}
 	return nil
 }

@@ -74,11 +74,11 @@ type starts struct {
 	under map[digest.Digest]*recording // by layer
 	count int                          // of recordings under way
 	past  []Start                      // the newest last
-	plain map[digest.Digest]bool       // images, by manifest, ahead of whose starts nothing is fetched
+	plain map[digest.Digest]time.Time  // images, by manifest, ahead of whose starts nothing is fetched until then
 }
 
 func newStarts() (*starts, error) {
-	s := &starts{fresh: map[digest.Digest]bool{}, held: map[digest.Digest]time.Time{}, under: map[digest.Digest]*recording{}, plain: map[digest.Digest]bool{}}
+	s := &starts{fresh: map[digest.Digest]bool{}, held: map[digest.Digest]time.Time{}, under: map[digest.Digest]*recording{}, plain: map[digest.Digest]time.Time{}}
 	var err error
 	if s.images, err = lru.New[digest.Digest, *image](maxAnswers); err != nil {
 		return nil, err
@@ -253,9 +253,14 @@ func (s *starts) more(manifest digest.Digest, wanted bool) {
 	}
 }
 
-// Observe takes what package snapshot tells: a container is about to start.
+// Observe takes what package snapshot tells: a layer has its snapshot, or a container is about to start.
 func (l *Lazy) Observe(e snapshot.Event) {
-	if e.Kind != snapshot.KindPrepared {
+	switch e.Kind {
+	case snapshot.KindMounted, snapshot.KindShared:
+		l.placed(e)
+		return
+	case snapshot.KindPrepared:
+	default:
 		return
 	}
 	l.mu.Lock()

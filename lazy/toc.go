@@ -9,18 +9,16 @@ import (
 	"io"
 	"strconv"
 
+	"accel"
 	"accel/internal/deflate"
 	"accel/registry"
 
 	"github.com/containerd/stargz-snapshotter/estargz"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/semaphore"
 )
 
 const (
-	// maxTOCBytes bounds a TOC as JSON: some 600,000 entries.
-	maxTOCBytes = 256 << 20
-	// maxPackedTOCBytes bounds it as it is in the blob.
-	maxPackedTOCBytes = 64 << 20
 	// tailBytes is what is asked for of a blob whose TOC's place is not known, in the hope that all of
 	// the TOC is in it: one percent of the blob, within these bounds.
 	minTailBytes, maxTailBytes = 64 << 10, 4 << 20
@@ -29,9 +27,31 @@ const (
 // errTOC: the TOC is not what the manifest or the mapping says, or is malformed.
 var errTOC = errors.New("malformed table of contents")
 
+// tocMemory is what one layer's TOC holds of the memory for all that are being unpacked: some hostile ones of
+// the largest size at once would be gigabytes.
+type tocMemory struct {
+	all  *semaphore.Weighted
+	held int64
+}
+
+// take waits for memory for a TOC, in the place of one before.
+func (m *tocMemory) take(ctx context.Context, bytes int64) error {
+	m.release()
+	if err := m.all.Acquire(ctx, bytes); err != nil {
+		return fmt.Errorf("memory for a table of contents of %d bytes: %w", bytes, err)
+	}
+	m.held = bytes
+	return nil
+}
+
+func (m *tocMemory) release() {
+	m.all.Release(m.held)
+	m.held = 0
+}
+
 // toc fetches a layer's TOC: as it is in the blob, as JSON that was checked against its digest, and its
-// place. snapshot.Declined where the registry knows no ranges.
-func (l *Lazy) toc(ctx context.Context, source *registry.Source, d digest.Digest, o origin) (packed, json []byte, offset int64, err error) {
+// place. The JSON is in memory, which the caller releases. snapshot.Declined where the registry knows no ranges.
+func (l *Lazy) toc(ctx context.Context, source *registry.Source, d digest.Digest, o origin, memory *tocMemory) (packed, json []byte, offset int64, err error) {
 	offset = o.TOCOffset
 	if offset >= 0 {
 		packed, err = l.ranged(ctx, source, d, o.SizeBytes, offset)
@@ -41,7 +61,8 @@ func (l *Lazy) toc(ctx context.Context, source *registry.Source, d digest.Digest
 	if err != nil {
 		return nil, nil, 0, fmt.Errorf("table of contents of layer %s: %w", d, err)
 	}
-	if json, err = unpackTOC(packed); err != nil {
+	json, err = unpackTOC(packed, func(bytes int64) error { return memory.take(ctx, bytes) })
+	if err != nil {
 		return nil, nil, 0, fmt.Errorf("layer %s: %w", d, err)
 	}
 	if got := o.TOCDigest.Algorithm().FromBytes(json); got != o.TOCDigest {
@@ -89,7 +110,7 @@ func tocOffset(end []byte, sizeBytes int64) (int64, error) {
 // ranged brings a blob's bytes from offset to its end.
 func (l *Lazy) ranged(ctx context.Context, source *registry.Source, d digest.Digest, sizeBytes, offset int64) ([]byte, error) {
 	n := sizeBytes - offset
-	if n <= 0 || n > maxPackedTOCBytes {
+	if n <= 0 || n > accel.MaxPackedTOCBytes {
 		return nil, fmt.Errorf("%w: of %d bytes", errTOC, n)
 	}
 	r, err := l.blob(ctx, source, d, sizeBytes, offset, n, false)
@@ -101,15 +122,21 @@ func (l *Lazy) ranged(ctx context.Context, source *registry.Source, d digest.Dig
 	return b, errors.Join(err, r.Close())
 }
 
-// unpackTOC takes the JSON out of the gzip member and its tar entry.
-func unpackTOC(packed []byte) ([]byte, error) {
+// unpackTOC takes the JSON out of the gzip member and its tar entry. fits, which may be nil, is told its size before memory is
+// taken for it.
+func unpackTOC(packed []byte, fits func(bytes int64) error) ([]byte, error) {
 	tr := tar.NewReader(deflate.NewReader(bytes.NewReader(packed)))
 	h, err := tr.Next()
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errTOC, err)
 	}
-	if h.Name != estargz.TOCTarName || h.Size <= 0 || h.Size > maxTOCBytes {
+	if h.Name != estargz.TOCTarName || h.Size <= 0 || h.Size > accel.MaxTOCBytes {
 		return nil, fmt.Errorf("%w: %q of %d bytes", errTOC, h.Name, h.Size)
+	}
+	if fits != nil {
+		if err := fits(h.Size); err != nil {
+			return nil, err
+		}
 	}
 	json := bytes.NewBuffer(make([]byte, 0, min(h.Size, int64(len(packed))*1032+512))) // deflate packs 1032:1 at most
 	if _, err := io.Copy(json, io.LimitReader(tr, h.Size)); err != nil {

@@ -8,9 +8,6 @@ import (
 	"accel"
 )
 
-// maxTOCBytes bounds the JSON. A layer of a million files has some 400 MB.
-const maxTOCBytes = 1 << 30
-
 // tocEntry is one entry of an eStargz TOC: the fields that matter here, named as
 // there. Texts point into the JSON, or are copies of their own where it has
 // escapes. It is filled by hand: encoding/json reads 90 MB/s, a fifth of what this does, and a
@@ -39,7 +36,7 @@ func (e *tocEntry) unsupported(format string, args ...any) error {
 // decodeTOC calls each for every entry, in order. The entry is used again for the
 // next one.
 func decodeTOC(toc []byte, each func(*tocEntry) error) error {
-	if len(toc) > maxTOCBytes {
+	if len(toc) > accel.MaxTOCBytes {
 		return fmt.Errorf("%w: a TOC of %d bytes", ErrUnsupported, len(toc))
 	}
 	if !utf8.Valid(toc) {

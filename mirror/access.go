@@ -22,14 +22,14 @@ import (
 // pull without.
 const refusalTTL = 30 * time.Second
 
-// ownClient stands for the node's own credentials where grants are kept.
-const ownClient = "node"
+// OwnClient stands for the node's own credentials where the store keeps grants.
+const OwnClient = "node"
 
 // access is one repository as one credential sees it.
 type access struct {
 	m      *Mirror
 	source *registry.Source
-	client string // what grants are kept by: ownClient, or a keyed digest of the credential
+	client string // what grants are kept by: OwnClient, or a keyed digest of the credential
 	// arrived is when the request came, zero where it is none of a client: one that waited while
 	// the registry failed others does not try by itself.
 	arrived time.Time
@@ -46,7 +46,7 @@ func (m *Mirror) access(host, path, authorization string) (access, error) {
 
 func (m *Mirror) clientOf(host, authorization string) string {
 	if authorization == "" {
-		return ownClient
+		return OwnClient
 	}
 	h := hmac.New(sha256.New, m.o.Key)
 	h.Write([]byte(host + "\x00" + authorization))
@@ -60,8 +60,8 @@ func (a access) repository() string { return a.source.Repository() }
 // who shows no credential is given to everybody.
 func (a access) granted() (fresh, graced bool) {
 	fresh, graced = a.grantOf(a.client)
-	if !graced && a.client != ownClient {
-		_, graced = a.grantOf(ownClient)
+	if !graced && a.client != OwnClient {
+		_, graced = a.grantOf(OwnClient)
 	}
 	return fresh, graced
 }

@@ -106,7 +106,7 @@ type unprovenError struct {
 
 func (e *unprovenError) Error() string {
 	who := "without a credential nobody was let in there lately, and a client's could not be checked now"
-	if e.client != ownClient {
+	if e.client != OwnClient {
 		who = "this credential was not let in there lately, nor is it open without one"
 	}
 	return fmt.Sprintf("whether this client may pull from %s cannot be found out: %s; what is cached is served meanwhile to who was let in within the last %s. %v",

@@ -43,7 +43,7 @@ func (x *exchange) end() {
 	}
 	t := &x.transfer
 	content := x.q.kind == manifest || x.q.kind == blob && x.r.Method == http.MethodGet
-	question := x.status == http.StatusUnauthorized && x.client == ownClient
+	question := x.status == http.StatusUnauthorized && x.client == OwnClient
 	if !content || question {
 		x.ended(nil)
 		return

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -25,8 +24,6 @@ import (
 const (
 	// warmParallel layers are brought at a time, as containerd does for a client.
 	warmParallel = 3
-	// maxIndexDepth bounds indexes within indexes, as package registry does.
-	maxIndexDepth = 4
 )
 
 // Warm brings image ("host/path:tag", "host/path@digest" or "host/path:tag@digest") and its layers for platform
@@ -97,7 +94,7 @@ func (a access) confirm(ctx context.Context, tag string, d digest.Digest) error 
 // choose finds the image of a platform in an index; an image that stands alone is it.
 func (a access) choose(ctx context.Context, held cache.Manifest, want ocispec.Platform) (cache.Manifest, error) {
 	fits := platforms.Only(want)
-	for range maxIndexDepth {
+	for range registry.MaxIndexDepth {
 		a.describe(held)
 		if !types.MediaType(held.MediaType).IsIndex() {
 			return held, nil
@@ -106,20 +103,9 @@ func (a access) choose(ctx context.Context, held cache.Manifest, want ocispec.Pl
 		if err := json.Unmarshal(held.Raw, &index); err != nil {
 			return cache.Manifest{}, fmt.Errorf("%w: index %s: %w", accel.ErrInvalid, held.Digest, err)
 		}
-		var best *ocispec.Descriptor
-		var others []string
-		for i, d := range index.Manifests {
-			switch {
-			case d.Platform == nil && !types.MediaType(d.MediaType).IsIndex():
-				others = append(others, "one without a platform")
-			case d.Platform != nil && !fits.Match(*d.Platform):
-				others = append(others, platforms.Format(*d.Platform))
-			case best == nil || d.Platform != nil && (best.Platform == nil || fits.Less(*d.Platform, *best.Platform)):
-				best = &index.Manifests[i]
-			}
-		}
-		if best == nil {
-			return cache.Manifest{}, fmt.Errorf("%w: no image for %s, only %s", accel.ErrNotFound, platforms.Format(want), strings.Join(others, ", "))
+		best, err := registry.Member(index.Manifests, fits)
+		if err != nil {
+			return cache.Manifest{}, fmt.Errorf("index %s: %w", held.Digest, err)
 		}
 		next, err := a.manifestByDigest(ctx, best.Digest)
 		if err != nil {
@@ -127,7 +113,7 @@ func (a access) choose(ctx context.Context, held cache.Manifest, want ocispec.Pl
 		}
 		held = next.Manifest
 	}
-	return cache.Manifest{}, fmt.Errorf("%w: index nested more than %d deep", accel.ErrInvalid, maxIndexDepth)
+	return cache.Manifest{}, fmt.Errorf("%w: index nested more than %d deep", accel.ErrInvalid, registry.MaxIndexDepth)
 }
 
 // bring has the store fetch an image's config and layers.

@@ -76,14 +76,14 @@ func (n *Node) admin(ctx context.Context) http.Handler {
 	post(routes, "cache-unpin", "/v1/cache/unpin", "Release what was pinned by this name", func(ctx context.Context, in *body[What]) (struct{}, error) {
 		return struct{}{}, c.Unpin(ctx, in.Body.What)
 	})
-	post(routes, "cache-remove", "/v1/cache/remove", "Drop what there is of an image or a digest, unless it is pinned or in use", func(ctx context.Context, in *body[What]) (cache.Report, error) {
+	post(routes, "cache-remove", "/v1/cache/remove", "Drop what there is of an image or a digest: nothing where some of it is pinned, else all but what is in use", func(ctx context.Context, in *body[What]) (cache.Report, error) {
 		return c.Remove(ctx, in.Body.What)
 	})
 	get(routes, "starts", "/v1/starts", "Starts of containers whose reads were recorded, the newest first", func(context.Context, *struct{}) ([]lazy.Start, error) { return n.starts(), nil })
 	post(routes, "start-answered", "/v1/starts/answered", "The program in a container answers, or failed: its start is over", func(_ context.Context, in *body[Answered]) (struct{}, error) {
 		return struct{}{}, n.answered(in.Body)
 	})
-	post(routes, "fetch-ahead", "/v1/starts/ahead", "Whether anything is fetched ahead of an image's starts, until the node ends", func(_ context.Context, in *body[FetchAhead]) (struct{}, error) {
+	post(routes, "fetch-ahead", "/v1/starts/ahead", "Whether anything is fetched ahead of an image's starts, by pulls of the next 10 minutes", func(_ context.Context, in *body[FetchAhead]) (struct{}, error) {
 		return struct{}{}, n.fetchAhead(in.Body)
 	})
 	huma.Register(routes, huma.Operation{

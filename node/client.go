@@ -81,7 +81,8 @@ func (c *Client) Unpin(ctx context.Context, what string) error {
 	return c.do(ctx, http.MethodPost, "/v1/cache/unpin", What{what}, &struct{}{})
 }
 
-// Remove drops what there is of an image or a digest; accel.ErrConflict where it is pinned or in use.
+// Remove drops what there is of an image or a digest; accel.ErrConflict where it is pinned, and nothing is
+// dropped, or where some of it is in use, and the rest is dropped.
 func (c *Client) Remove(ctx context.Context, what string) (r cache.Report, err error) {
 	return r, c.do(ctx, http.MethodPost, "/v1/cache/remove", What{what}, &r)
 }
@@ -97,7 +98,7 @@ func (c *Client) Answered(ctx context.Context, a Answered) error {
 	return c.do(ctx, http.MethodPost, "/v1/starts/answered", a, &struct{}{})
 }
 
-// FetchAhead says whether anything is fetched ahead of an image's starts, for comparisons.
+// FetchAhead says whether anything is fetched ahead of an image's starts, by pulls within lazy.PlainTime, for comparisons.
 func (c *Client) FetchAhead(ctx context.Context, f FetchAhead) error {
 	return c.do(ctx, http.MethodPost, "/v1/starts/ahead", f, &struct{}{})
 }

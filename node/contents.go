@@ -5,11 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"runtime"
 	"slices"
 
 	"accel"
 	"accel/cache"
+	"accel/registry"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -193,10 +193,8 @@ func (c *Contents) image(what, repository string, d digest.Digest) (Content, err
 				}
 			}
 		}
-		for _, member := range parsed.Manifests {
-			if p := member.Platform; p != nil && p.OS == runtime.GOOS && p.Architecture == runtime.GOARCH {
-				pending = append(pending, member.Digest)
-			}
+		if member, err := registry.Member(parsed.Manifests, registry.ThisMachine()); err == nil { // else there is nothing for this machine
+			pending = append(pending, member.Digest)
 		}
 	}
 	return content, nil

@@ -16,6 +16,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -116,6 +117,9 @@ func Open(o Options) (*Node, error) {
 
 func (n *Node) open() (err error) {
 	o := &n.o
+	if o.Dir, err = resolved(o.Dir); err != nil {
+		return fmt.Errorf("node's folder: %w", err)
+	}
 	for _, c := range []prometheus.Collector{collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{})} {
 		if err := o.Metrics.Register(c); err != nil {
 			return fmt.Errorf("register metrics: %w", err)
@@ -170,6 +174,19 @@ func (n *Node) passed(t accel.Transfer) {
 	if n.mounts != nil && t.Complete && t.Tag == "" && t.Manifest != nil && t.Manifest.Config != "" {
 		n.mounts.lazy.Expect(t.Repository, t.Digest)
 	}
+}
+
+// resolved makes a folder, where it is not there, and gives its path without symlinks: what is mounted in it is known by that
+// path (proc(5), mountinfo).
+func resolved(dir string) (string, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", err
+	}
+	return filepath.EvalSymlinks(dir)
 }
 
 // storeDir is where the store is in a node's folder.

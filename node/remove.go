@@ -14,8 +14,8 @@ import (
 )
 
 // Remove drops what there is of an image or a digest: manifests, blobs, and the layers that are kept for
-// mounts. accel.ErrNotFound where that is nothing; accel.ErrConflict, and nothing is dropped, where some of it is
-// pinned, or read or filled just now.
+// mounts. accel.ErrNotFound where that is nothing. accel.ErrConflict where some of it is pinned, and then nothing is dropped; or
+// mounted, read or filled just now, and then that stays and the rest is dropped. The report is right in each case.
 func (c *Contents) Remove(ctx context.Context, what string) (r cache.Report, err error) {
 	content, err := c.Stat(ctx, what)
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 	"accel"
 	"accel/cache"
 	"accel/lazy"
+	"accel/mirror"
 	"accel/snapshot"
 
 	"github.com/opencontainers/go-digest"
@@ -46,8 +47,8 @@ func (m *mounts) observe(e snapshot.Event) {
 	m.lazy.Observe(e)
 }
 
-// snapshotsDir is where containerd's snapshots are in a node's folder.
-func snapshotsDir(dir string) string { return filepath.Join(dir, "snapshots") }
+// SnapshotsDir is where containerd's snapshots are in a node's folder.
+func SnapshotsDir(dir string) string { return filepath.Join(dir, "snapshots") }
 
 // openMounts makes the snapshotter and what it mounts with. Layers that are mounted are pinned and
 // adopted before anything may evict them.
@@ -68,6 +69,7 @@ func (n *Node) openMounts(ctx context.Context) (_ *mounts, err error) {
 	m.lazy, err = lazy.New(lazy.Options{
 		Dir: filepath.Join(n.o.Dir, "lazy"), RunDir: o.RunDir, Version: n.o.Version, Node: n.o.Name, Holder: o.Holder,
 		Store: n.store, Registry: n.o.Registry, Server: n.o.Server, Keys: keys,
+		Own: mirror.OwnClient, GrantTTL: n.o.GrantTTL, GrantGrace: n.o.GrantGrace,
 		Off: o.Off, Except: o.Except, Stargz: o.Stargz, BackgroundBytesPerSecond: o.BackgroundBytesPerSecond,
 		SetAside: m.setAside, Remount: m.remount, Record: n.meter.Record, Registerer: n.o.Metrics, Log: n.o.Log,
 	})
@@ -80,7 +82,7 @@ func (n *Node) openMounts(ctx context.Context) (_ *mounts, err error) {
 		}
 	}()
 	m.Snapshotter, err = snapshot.Open(ctx, snapshot.Options{
-		Dir: snapshotsDir(n.o.Dir), Images: m.lazy, Mounts: m.lazy, Pins: n.store, RemapIDs: snapshot.CanRemapIDs(), Observe: m.observe,
+		Dir: SnapshotsDir(n.o.Dir), Images: m.lazy, Mounts: m.lazy, Pins: n.store, RemapIDs: snapshot.CanRemapIDs(), Observe: m.observe,
 		Registerer: n.o.Metrics, Log: n.o.Log,
 	})
 	if err != nil {
@@ -126,15 +128,27 @@ func (m *mounts) serve(ctx context.Context, l net.Listener) error {
 	return m.Serve(ctx, l)
 }
 
-// setAside ends the use of a layer whose image lied, by the chain ID that containerd has it under.
-func (m *mounts) setAside(ctx context.Context, chain digest.Digest, reason string) error {
+// setAside ends the use of a layer whose image lied, by the chain ID that containerd has it under. Under the same one may be the
+// layer of the image whose chain ID it is.
+func (m *mounts) setAside(ctx context.Context, layer, chain digest.Digest, reason string) error {
 	var errs []error
-	for _, s := range m.Lazy() {
-		if s.Request.Chain == chain {
-			errs = append(errs, m.SetAside(ctx, s.ID, reason))
+	for _, id := range liarsAmong(m.Lazy(), layer, chain) {
+		err := m.SetAside(ctx, id, reason)
+		if !errors.Is(err, accel.ErrNotFound) { // else its image was removed just now
+			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// liarsAmong are the IDs of the snapshots that have a layer under a chain ID.
+func liarsAmong(all []snapshot.LazySnapshot, layer, chain digest.Digest) (ids []string) {
+	for _, s := range all {
+		if s.Request.Chain == chain && s.Layer == layer {
+			ids = append(ids, s.ID)
+		}
+	}
+	return ids
 }
 
 // remount mounts layers again whose holder has died, for containers to come.

@@ -11,6 +11,7 @@ import (
 
 	"accel"
 
+	"github.com/google/go-containerregistry/pkg/authn"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/opencontainers/go-digest"
 )
@@ -203,19 +204,25 @@ func (c *Client) Ping(ctx context.Context, hostName, authorization string) error
 	return err
 }
 
-// HasCredentials reports whether the Client has credentials of its own for a host.
-func (c *Client) HasCredentials(ctx context.Context, hostName string) (bool, error) {
+// Credentials are the Client's own for a host, looked up anew; empty where it has none.
+func (c *Client) Credentials(ctx context.Context, hostName string) (authn.AuthConfig, error) {
 	h, err := c.host(hostName)
 	if err != nil {
-		return false, err
+		return authn.AuthConfig{}, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, h.auth.timeout)
 	defer cancel()
 	config, err := lookUp(ctx, h.auth.keychain, resource{h.wire, ""})
 	if err != nil {
-		return false, err
+		return authn.AuthConfig{}, err
 	}
-	return config.RegistryToken != "" || config.IdentityToken != "" || basic(config) != "", nil
+	return *config, nil
+}
+
+// HasCredentials reports whether the Client has credentials of its own for a host.
+func (c *Client) HasCredentials(ctx context.Context, hostName string) (bool, error) {
+	config, err := c.Credentials(ctx, hostName)
+	return config.RegistryToken != "" || config.IdentityToken != "" || basic(&config) != "", err
 }
 
 // Unreachable reports whether err says nothing about what was asked for: the registry was not

@@ -22,9 +22,6 @@ import (
 )
 
 const (
-	// Bounds of a table of contents, in the blob and as JSON: some 600,000 entries.
-	maxPackedTOCBytes = 64 << 20
-	maxTOCBytes       = 256 << 20
 	// maxViewChunkBytes is the largest chunk that is looked into: as large as convert makes any.
 	maxViewChunkBytes = 16 << 20
 	// A registry is asked for blocks of this size, since what a program needs lies side by
@@ -54,7 +51,7 @@ type viewChunk struct {
 // openLayer reads a layer's TOC, checked against its digest.
 func openLayer(blob io.ReaderAt, m accel.LayerMapping) (*layerView, error) {
 	n := m.TargetBytes - m.TOCOffset
-	if m.TOCOffset < 0 || n <= 0 || n > maxPackedTOCBytes {
+	if m.TOCOffset < 0 || n <= 0 || n > accel.MaxPackedTOCBytes {
 		return nil, fmt.Errorf("%w: a TOC at %d of %d bytes", accel.ErrInvalid, m.TOCOffset, m.TargetBytes)
 	}
 	z, err := gzip.NewReader(io.NewSectionReader(blob, m.TOCOffset, n))
@@ -67,7 +64,7 @@ func openLayer(blob io.ReaderAt, m accel.LayerMapping) (*layerView, error) {
 	if err != nil {
 		return nil, fmt.Errorf("TOC of layer %s: %w", m.Target, err)
 	}
-	if h.Name != estargz.TOCTarName || h.Size <= 0 || h.Size > maxTOCBytes {
+	if h.Name != estargz.TOCTarName || h.Size <= 0 || h.Size > accel.MaxTOCBytes {
 		return nil, fmt.Errorf("%w: TOC of layer %s is %q of %d bytes", accel.ErrInvalid, m.Target, h.Name, h.Size)
 	}
 	var toc bytes.Buffer

@@ -79,8 +79,11 @@ func newBench(g *globals) *cobra.Command {
   profile  the same, with what the start reads fetched ahead by its profile
   warm     one more start of the image that is there
 Between the starts the image is removed from containerd (from a namespace of its own, accel-bench) and from
-the node's cache. An image that another namespace has, or that is pinned, is refused: it would be there
-already. What is on the machine otherwise is not touched. Times are medians.`,
+the node's cache; layers of it that other images have too go from the cache with it, and come again when those
+are pulled. An image that another namespace has, or that is pinned, is refused: it would be there already. While
+one is started without a profile, nothing is fetched ahead of its starts by others either; that ends with the
+command, and by itself after 10 minutes. What the starts read is recorded, and reported, as of any others. Times
+are medians.`,
 		Example: "  accel bench registry.example/team/app:v1 --port 9000 --runs 5\n  accel bench registry.example/a:v1 registry.example/b:v1 --plot starts.svg -o json",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {

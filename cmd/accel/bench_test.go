@@ -2,10 +2,76 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
 	"net"
+	"net/http"
 	"os"
+	"path/filepath"
 	"testing"
+	"time"
+
+	"accel/node"
+
+	"github.com/opencontainers/go-digest"
 )
+
+// TestBenchTurnsFetchingAheadOnAgain: also for an image that is not measured any more, and after an interruption.
+func TestBenchTurnsFetchingAheadOnAgain(t *testing.T) {
+	dir, err := os.MkdirTemp("", "bench") // short, for the socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	l, err := net.Listen("unix", filepath.Join(dir, "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var said []node.FetchAhead
+	s := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var f node.FetchAhead
+		if err := json.NewDecoder(r.Body).Decode(&f); err != nil {
+			t.Error(err)
+		}
+		said = append(said, f)
+		fmt.Fprint(w, "{}")
+	})}
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		_ = s.Serve(l) // until it is closed
+	}()
+	b := &bench{live: node.NewClient(l.Addr().String()), manifest: digest.FromString("a")}
+	if err := b.fetchAhead(t.Context(), true); err != nil || len(said) > 0 {
+		t.Errorf("turned on what nobody turned off: %v, %v", said, err)
+	}
+	if err := b.fetchAhead(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := b.fetchAhead(gone, true); err == nil || b.plain == "" {
+		t.Errorf("what was not said counts as said: %v", err)
+	}
+	b.manifest = digest.FromString("b")
+	if err := b.fetchAhead(t.Context(), true); err != nil || b.plain != "" {
+		t.Error(err)
+	}
+	b.live.Close()
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	<-served
+	want := []node.FetchAhead{{Manifest: digest.FromString("a")}, {Manifest: digest.FromString("a"), On: true}}
+	if fmt.Sprint(said) != fmt.Sprint(want) {
+		t.Errorf("the node was told %v, want %v", said, want)
+	}
+}
 
 func TestBenchMedians(t *testing.T) {
 	r := benchRow{Runs: []benchRun{{PullSeconds: 3, StartSeconds: 1, FetchedBytes: 7}, {PullSeconds: 1, StartSeconds: 9, FetchedBytes: 5}, {PullSeconds: 2, StartSeconds: 2, FetchedBytes: 6, Misses: 4}}}

@@ -35,6 +35,7 @@ type bench struct {
 	img      containerd.Image // that is there now; nil: none is
 	manifest digest.Digest    // of the platform's, of the image that was there last
 	layers   int64            // bytes, compressed
+	plain    digest.Digest    // the manifest of which the node was told to fetch nothing ahead; empty: none
 }
 
 func (c *nodeConfig) bench(ctx context.Context, port int, limit time.Duration) (*bench, context.Context, error) {
@@ -57,19 +58,39 @@ func (c *nodeConfig) bench(ctx context.Context, port int, limit time.Duration) (
 	return b, named, nil
 }
 
-// close leaves nothing of the images behind in containerd.
+// close leaves nothing of the images behind in containerd, and has the node fetch ahead again. It has a time of its own: it comes
+// after an interruption too.
 func (b *bench) close() error {
-	b.live.Close()
+	defer b.live.Close()
 	if b.all == nil {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(context.Background(), benchNamespace), endTime)
 	defer cancel()
-	var err error
+	err := b.fetchAhead(ctx, true)
 	if b.img != nil {
-		err = b.all.remove(ctx, b.img)
+		err = errors.Join(err, b.all.remove(ctx, b.img))
 	}
 	return errors.Join(err, b.all.client.Close())
+}
+
+// fetchAhead has the node fetch ahead of the image's starts, or not, which is to be taken back.
+func (b *bench) fetchAhead(ctx context.Context, on bool) error {
+	if on && b.plain == "" {
+		return nil
+	}
+	of := b.plain
+	if !on {
+		of = b.manifest
+		b.plain = of // first: who knows how far a request that is broken off came
+	}
+	if err := b.live.FetchAhead(ctx, node.FetchAhead{Manifest: of, On: on}); err != nil {
+		return fmt.Errorf("whether the node fetches ahead of the image's starts: %w", err)
+	}
+	if on {
+		b.plain = ""
+	}
+	return nil
 }
 
 // run starts an image one way.
@@ -83,7 +104,7 @@ func (b *bench) run(ctx context.Context, image, way string) (r benchRun, err err
 			return r, err
 		}
 		if way != benchFull {
-			if err := b.live.FetchAhead(ctx, node.FetchAhead{Manifest: b.manifest, On: way == benchProfile}); err != nil {
+			if err := b.fetchAhead(ctx, way == benchProfile); err != nil {
 				return r, err
 			}
 		}

@@ -26,7 +26,6 @@ import (
 	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/errdefs"
-	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -68,17 +67,19 @@ func (c *nodeConfig) resolver(ctx context.Context, configDir string) (remotes.Re
 	if err != nil {
 		return nil, usage(err)
 	}
-	of := func(host string) registry.Host {
-		for _, h := range hosts {
-			if h.Name == host || h.Name == "docker.io" && host == "registry-1.docker.io" || slices.Contains(h.Aliases, host) {
-				return h
-			}
-		}
-		return registry.Host{Name: host}
+	// For its credentials alone; containerd's own client asks, also for registries that the node does not mirror.
+	own, err := registry.New(registry.Options{Hosts: hosts, AllowAny: true, Keychain: registry.DefaultKeychain()})
+	if err != nil {
+		return nil, usage(err)
+	}
+	plain := func(host string) bool {
+		return slices.ContainsFunc(hosts, func(h registry.Host) bool {
+			return h.PlainHTTP && (h.Name == host || slices.Contains(h.Aliases, host))
+		})
 	}
 	return docker.NewResolver(docker.ResolverOptions{Hosts: func(host string) ([]docker.RegistryHost, error) {
-		o := dockerconfig.HostOptions{Credentials: func(host string) (string, string, error) { return credentials(ctx, of(host)) }}
-		if of(host).PlainHTTP {
+		o := dockerconfig.HostOptions{Credentials: func(host string) (string, string, error) { return credentials(ctx, own, host) }}
+		if plain(host) {
 			o.DefaultScheme = "http"
 		}
 		if configDir != "" {
@@ -88,41 +89,19 @@ func (c *nodeConfig) resolver(ctx context.Context, configDir string) (remotes.Re
 	}}), nil
 }
 
-// credentials are the node's own for a registry: those of its configuration, or what docker's keychain has.
-func credentials(ctx context.Context, h registry.Host) (user, secret string, err error) {
+// credentials are the node's own for a registry, as containerd takes them.
+func credentials(ctx context.Context, own *registry.Client, host string) (user, secret string, err error) {
+	a, err := own.Credentials(ctx, host)
 	switch {
-	case h.Token != "":
-		return "", h.Token, nil
-	case h.Username != "":
-		return h.Username, h.Password, nil
-	}
-	named, err := accel.ParseReference(h.Name + "/any")
-	if err != nil {
+	case err != nil:
 		return "", "", err
-	}
-	auth, err := authn.Resolve(ctx, registry.DefaultKeychain(), keychainName(named.Registry))
-	if err != nil {
-		return "", "", err
-	}
-	a, err := auth.Authorization()
-	if err != nil {
-		return "", "", err
-	}
-	if a.IdentityToken != "" {
+	case a.RegistryToken != "":
+		return "", a.RegistryToken, nil
+	case a.IdentityToken != "":
 		return "", a.IdentityToken, nil
+	default:
+		return a.Username, a.Password, nil
 	}
-	return a.Username, a.Password, nil
-}
-
-// keychainName is a registry as keychains are asked for it.
-type keychainName string
-
-func (n keychainName) String() string { return string(n) }
-func (n keychainName) RegistryStr() string {
-	if n == "docker.io" {
-		return authn.DefaultAuthKey
-	}
-	return string(n)
 }
 
 // pull brings an image for a snapshotter, asking it for every layer first.
@@ -138,14 +117,21 @@ func (c *containers) pull(ctx context.Context, image, snapshotter string) (conta
 	img, err := c.client.Pull(ctx, name, containerd.WithPullUnpack, containerd.WithPullSnapshotter(snapshotter), containerd.WithResolver(c.resolver),
 		containerd.WithImageHandlerWrapper(snapshotters.AppendInfoHandlerWrapper(name)))
 	if err != nil {
-		return nil, fmt.Errorf("pull %s with snapshotter %s: %w", name, snapshotter, err)
+		// One that broke off while it was unpacked has the image's name already.
+		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTime)
+		defer cancel()
+		return nil, errors.Join(fmt.Errorf("pull %s with snapshotter %s: %w", name, snapshotter, err), c.removeNamed(ending, name))
 	}
 	return img, nil
 }
 
 // remove takes an image away, and waits for containerd to have let go of it.
 func (c *containers) remove(ctx context.Context, img containerd.Image) error {
-	err := c.client.ImageService().Delete(ctx, img.Name(), images.SynchronousDelete())
+	return c.removeNamed(ctx, img.Name())
+}
+
+func (c *containers) removeNamed(ctx context.Context, name string) error {
+	err := c.client.ImageService().Delete(ctx, name, images.SynchronousDelete())
 	if errdefs.IsNotFound(err) {
 		return nil
 	}
@@ -341,14 +327,9 @@ func (c *containers) manifestDigest(ctx context.Context, img containerd.Image) (
 	if err != nil {
 		return "", err
 	}
-	var best *ocispec.Descriptor
-	for i, d := range members {
-		if images.IsManifestType(d.MediaType) && d.Platform != nil && platform.Match(*d.Platform) && (best == nil || platform.Less(*d.Platform, *best.Platform)) {
-			best = &members[i]
-		}
-	}
-	if best == nil {
-		return "", fmt.Errorf("%w: index %s has nothing for this machine", accel.ErrNotFound, target.Digest)
+	best, err := registry.Member(members, platform)
+	if err != nil {
+		return "", fmt.Errorf("index %s: %w", target.Digest, err)
 	}
 	return best.Digest, nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"accel/install"
+	"accel/node"
 
 	"github.com/moby/sys/mountinfo"
 	"github.com/spf13/cobra"
@@ -201,7 +203,14 @@ func lastSteps(c *nodeConfig, root string, plan []install.Change) []string {
 
 // mountsBelow counts what is mounted in a folder.
 func mountsBelow(dir string) (int, error) {
-	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+	at, err := filepath.EvalSymlinks(dir) // as the kernel has it
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("cannot tell what is mounted below %s: %w", dir, err)
+	}
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(at))
 	if err != nil {
 		return 0, fmt.Errorf("cannot tell what is mounted below %s: %w", dir, err)
 	}
@@ -213,7 +222,7 @@ func (c *nodeConfig) remoteSnapshotter() *install.Snapshotter {
 	if c.Snapshotter.Socket == "" {
 		return nil
 	}
-	return &install.Snapshotter{Socket: c.Snapshotter.Socket, Root: filepath.Join(c.Data, "snapshots")}
+	return &install.Snapshotter{Socket: c.Snapshotter.Socket, Root: node.SnapshotsDir(c.Data)}
 }
 
 // versionPatience bounds what install waits for containerd to say which one it is.

@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"accel/install"
+
+	"golang.org/x/sys/unix"
 )
 
 // installRun installs, or takes away, below a root, and gives what is left to a person.
@@ -63,5 +65,38 @@ func TestInstallOfTheSnapshotterByCommand(t *testing.T) {
 	}
 	if _, next := do("uninstall"); !strings.Contains(next, "merged by hand") {
 		t.Errorf("no word of what a person merged: %s", next)
+	}
+}
+
+// TestMountsBelowAreCounted: by the path that the kernel has for them, and not those beside.
+func TestMountsBelowAreCounted(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("SKIPPED: mounting needs root")
+	}
+	at := t.TempDir()
+	for _, dir := range []string{"data/snapshots/snapshots/1/fs", "data/snapshots2"} {
+		dir = filepath.Join(at, dir)
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount("none", dir, "tmpfs", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := unix.Unmount(dir, 0); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	if err := os.Symlink("data", filepath.Join(at, "link")); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"data", "link"} {
+		if n, err := mountsBelow(filepath.Join(at, name, "snapshots")); err != nil || n != 1 {
+			t.Errorf("%s: %d mounts, %v; want 1", name, n, err)
+		}
+	}
+	if n, err := mountsBelow(filepath.Join(at, "gone")); err != nil || n != 0 {
+		t.Errorf("below what is not there: %d mounts, %v", n, err)
 	}
 }

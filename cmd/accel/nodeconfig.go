@@ -101,11 +101,11 @@ type nodeMetricsConfig struct {
 }
 
 type nodeContainerdConfig struct {
-	ConfigDir string            `yaml:"config_dir" doc:"containerd's folder of hosts.toml files, for install and doctor"`
+	ConfigDir string            `yaml:"config_dir" doc:"containerd's folder of hosts.toml files, for install, uninstall and doctor, and for what bench and profile record pull"`
 	All       bool              `yaml:"all" doc:"containerd asks the node for images of all other registries too, by _default; the node refuses those that are not configured, and containerd goes on to the registry"`
 	Headers   map[string]string `yaml:"headers" doc:"headers that containerd sends to the node with each request, such as {Accel-Tenant: team-a, Accel-Memory-Bytes: '1073741824'}, by which pulls are accounted"`
-	Config    string            `yaml:"config" doc:"containerd's configuration file, for install and doctor"`
-	Socket    string            `yaml:"socket" doc:"containerd's socket, for doctor"`
+	Config    string            `yaml:"config" doc:"containerd's configuration file, for install, uninstall and doctor"`
+	Socket    string            `yaml:"socket" doc:"containerd's socket, for install, doctor, bench and profile record"`
 }
 
 func defaultNodeSettings() nodeConfig {

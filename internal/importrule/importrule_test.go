@@ -43,7 +43,7 @@ var may = map[string][]string{
 	"accel/meter":               {"accel", "accel/internal/boltfile"},
 	"accel/lazy":                {"accel", "accel/api", "accel/cache", "accel/internal/deflate", "accel/internal/keylock", "accel/lazyfs", "accel/prefetch", "accel/profile", "accel/profile/artifact", "accel/registry", "accel/snapshot", "accel/trust", "accel/internal/durable"},
 	"accel/node":                {"accel", "accel/cache", "accel/mirror", "accel/meter", "accel/registry", "accel/api", "accel/lazy", "accel/snapshot", "accel/internal/durable", "accel/internal/unixsocket"},
-	"accel/doctor":              {"accel", "accel/api", "accel/install", "accel/node", "accel/registry"},
+	"accel/doctor":              {"accel", "accel/api", "accel/install", "accel/node", "accel/registry", "accel/trust"},
 	"accel/cmd/accel":           {"accel", "accel/fleet", "accel/meter", "accel/webhook", "accel/readiness", "accel/readiness/boltstore", "accel/convert", "accel/registry", "accel/trust", "accel/worker", "accel/profile", "accel/profile/ledger", "accel/api", "accel/cache", "accel/lazyfs", "accel/lazy", "accel/node", "accel/install", "accel/doctor"},
 	"accel/internal/e2e":        {},
 	"accel/internal/testbed":    {},
