@@ -99,6 +99,15 @@ func (b *batch) fail(err error) {
 	b.more.Broadcast()
 }
 
+// landed waits until the network's side writes into buf no more.
+func (b *batch) landed() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for b.filled < len(b.buf) && b.err == nil {
+		b.more.Wait()
+	}
+}
+
 // torn is why bytes before end never came; nil where they did.
 func (b *batch) torn(end int64) error {
 	b.mu.Lock()
@@ -159,14 +168,16 @@ const maxPooledBytes = 8 << 20
 
 // decode puts the chunks of b.
 func (f *Filler) decode(fl *flight, b *batch) {
-	defer f.finish(fl, b)
 	z := decoders.Get().(*deflate.Reader)
 	var data []byte // the chunk's, used again
 	defer func() {
 		z.Reset(nil)
 		decoders.Put(z)
-		drop(b.buf)
 		drop(data)
+		f.finish(fl, b)
+		// What ended us may have ended us early, and the rest of the members is still being read into buf.
+		b.landed()
+		drop(b.buf)
 	}()
 	for m := b.first; m < b.end; m++ {
 		bad, err := f.inflate(fl.l, b, m, z, &data)

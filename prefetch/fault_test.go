@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -400,4 +401,47 @@ func TestEndInTheMiddle(t *testing.T) {
 	if err := b.Run(t.Context()); !errors.Is(err, accel.ErrConflict) {
 		t.Error(err)
 	}
+}
+
+// A batch that is inflated while it comes and ends early keeps its buffer until nothing is written into it any more: the next
+// batch would have other bytes in its place.
+func TestBufferOfABatchThatEndsEarly(t *testing.T) {
+	fx := build(t, random(41), shape{members: 8, most: 30_000})
+	m := fx.memory()
+	m.putErr = func(int) error { return errors.New("the disk is broken") }
+	f, err := New(Options{BackgroundBytesPerSecond: -1, Log: quiet()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Add(Layer{Content: m, Source: &registry{blob: fx.blob}}); err != nil {
+		t.Fatal(err)
+	}
+	l := f.layers[fx.digest]
+	ctx, cancel := context.WithCancelCause(t.Context())
+	defer cancel(nil)
+	fl := &flight{l: l, kind: demand, end: l.members, cancel: cancel, hurry: make(chan struct{})}
+	b, _ := f.nextBatch(fl, l.members)
+	if b.end < 3 {
+		t.Fatalf("a batch of %d members", b.end)
+	}
+	b.buf = grab(int(b.bytes))
+	_, first := l.span(0)
+	copy(b.buf, fx.blob[:first])
+	b.add(int(first))
+	decoded := make(chan struct{})
+	go func() {
+		defer close(decoded)
+		f.decode(fl, b)
+	}()
+	<-ctx.Done() // the failure ends the flight, and with it what is read
+	for range 1000 {
+		runtime.Gosched()
+	}
+	select {
+	case <-decoded:
+		t.Error("the buffer was given back while the network's side has it")
+	default:
+	}
+	b.fail(context.Cause(ctx))
+	<-decoded
 }
