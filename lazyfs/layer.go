@@ -34,6 +34,9 @@ type Layer struct {
 
 	left atomic.Int64 // chunks that are missing
 
+	// putting is held to read from a chunk's write to its note in unsynced, to write while chunks are taken back.
+	putting sync.RWMutex
+	syncing sync.Mutex // one Sync at a time: the kernel tells of a failure once
 	// unsynced are the chunks that were put since the last good Sync, or that the
 	// store's index did not know: what they say is in the page cache only.
 	unsyncedMu sync.Mutex
@@ -214,10 +217,11 @@ func (l *Layer) Put(i int, b []byte) error {
 	if l.bitmap.has(i) {
 		return nil
 	}
+	l.putting.RLock()
+	defer l.putting.RUnlock()
 	if _, err := l.data.WriteAt(b, c.DataOffset); err != nil {
 		return err
 	}
-	// Noted first, or a failing Sync could leave it out.
 	l.unsyncedMu.Lock()
 	l.unsynced = append(l.unsynced, int32(i))
 	l.unsyncedMu.Unlock()
@@ -253,18 +257,28 @@ func (l *Layer) Sync() error {
 	if l.closed {
 		return ErrClosed
 	}
-	l.unsyncedMu.Lock()
-	doubtful := l.unsynced
-	l.unsynced = nil
-	l.unsyncedMu.Unlock()
+	l.syncing.Lock()
+	defer l.syncing.Unlock()
+	doubtful := l.takeUnsynced()
 	err := unix.Fdatasync(int(l.data.Fd()))
 	if err == nil {
 		return nil
 	}
-	for _, i := range doubtful {
+	// What was written before it and noted since may be gone too.
+	l.putting.Lock()
+	defer l.putting.Unlock()
+	for _, i := range append(doubtful, l.takeUnsynced()...) {
 		l.forget(int(i))
 	}
 	return fmt.Errorf("sync layer %s: %w", l.digest, err)
+}
+
+func (l *Layer) takeUnsynced() []int32 {
+	l.unsyncedMu.Lock()
+	defer l.unsyncedMu.Unlock()
+	taken := l.unsynced
+	l.unsynced = nil
+	return taken
 }
 
 // Forget takes chunks that turned out wrong away: no read that begins after it has

@@ -209,6 +209,44 @@ func TestSyncFails(t *testing.T) {
 	}
 }
 
+// A chunk that was written before a Sync that fails, and is noted while that runs, is doubtful too.
+func TestSyncFailsBesidePut(t *testing.T) {
+	im := newSample(56, 10, 100)
+	l := openSample(t, im, nil)
+	if err := l.Put(0, im.chunks[0]); err != nil {
+		t.Fatal(err)
+	}
+	good := l.data
+	r, w, err := os.Pipe() // has no fdatasync
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	l.data = w
+	l.putting.RLock() // a Put of chunk 1, which is written
+	synced := make(chan error)
+	go func() { synced <- l.Sync() }()
+	until(t, "the list that Sync takes first", func() bool {
+		l.unsyncedMu.Lock()
+		defer l.unsyncedMu.Unlock()
+		return len(l.unsynced) == 0
+	})
+	l.unsyncedMu.Lock()
+	l.unsynced = append(l.unsynced, 1)
+	l.unsyncedMu.Unlock()
+	l.bitmap.set(1)
+	l.left.Add(-1)
+	l.putting.RUnlock()
+	if err := <-synced; err == nil {
+		t.Error("no error")
+	}
+	w.Close()
+	l.data = good
+	if l.Has(0) || l.Has(1) || l.Left() != l.Len() {
+		t.Errorf("there: %v %v, %d of %d left", l.Has(0), l.Has(1), l.Left(), l.Len())
+	}
+}
+
 // A bitmap of another boot, layer or size is not believed.
 func TestStaleBitmap(t *testing.T) {
 	im := newSample(55, 10, 100)

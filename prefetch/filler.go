@@ -42,7 +42,7 @@ type Content interface {
 	Put(i int, b []byte) error
 	// Read reads a chunk that is there.
 	Read(i int, p []byte) error
-	// Sync makes durable what was put.
+	// Sync makes durable what was put. Where it fails, chunks that were put since the last one may be missing again.
 	Sync() error
 	// Left is how many chunks are missing.
 	Left() int

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -69,6 +71,52 @@ func TestPersists(t *testing.T) {
 	if marked[7] != 2 {
 		t.Errorf("marked %d times", marked[7])
 	}
+}
+
+// What a failing Sync took back is not marked by the next one that works.
+func TestPersistsNothingThatIsLost(t *testing.T) {
+	b := start(t, noBackground)
+	fx := build(t, random(46), shape{members: 2, most: 500_000})
+	marked := make(chan []int, 10)
+	var failed atomic.Bool
+	m, _, _ := b.add(fx, func(l *Layer) {
+		m := l.Content.(*memory)
+		l.Content = syncTold{m, &failed}
+		l.Persist = func(chunks []int) error { marked <- chunks; return nil }
+		m.syncErr = errors.New("the disk is broken")
+		for i := range fx.chunks { // a window each
+			fx.chunks[i].BlobOffset += int64(i) * maxWindowBytes
+		}
+		l.Source = sourceFunc(func(_ context.Context, offset, length int64) (answerBody, error) {
+			for i, c := range fx.chunks {
+				if c.BlobOffset == offset {
+					at := offset - int64(i)*maxWindowBytes
+					return bodyOf(fx.blob[at : at+length]), nil
+				}
+			}
+			return answerBody{}, accel.ErrInvalid
+		})
+	})
+	b.fill(fx, 0, 1)
+	eventually(t, "a Sync that fails", failed.Load)
+	b.fill(fx, 1, 1)
+	if got := <-marked; !slices.Equal(got, []int{1}) || m.Has(0) {
+		t.Errorf("marked %v, and chunk 0 is there: %v", got, m.Has(0))
+	}
+}
+
+// syncTold says that a Sync failed.
+type syncTold struct {
+	*memory
+	failed *atomic.Bool
+}
+
+func (s syncTold) Sync() error {
+	err := s.memory.Sync()
+	if err != nil {
+		s.failed.Store(true)
+	}
+	return err
 }
 
 // Chunks that an earlier process put and did not mark are marked when the layer is added.

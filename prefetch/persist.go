@@ -61,6 +61,8 @@ func (f *Filler) persist(l *layer, last bool) (completed bool) {
 	pending, releases := l.pending, l.releases
 	l.pending, l.releases, l.pendingBytes = nil, nil, 0
 	f.mu.Unlock()
+	// A Sync that failed took chunks back; only what is there before the next one is durable after it.
+	pending = slices.DeleteFunc(pending, func(i int) bool { return !l.Content.Has(i) })
 	var err error
 	if len(pending) > 0 {
 		slices.Sort(pending)

@@ -119,6 +119,7 @@ type memory struct {
 	unsynced map[int]bool
 	synced   map[int]bool
 	putErr   func(i int) error // nil: none
+	syncErr  error             // of the next Sync, which loses what was put since the last
 	order    []int
 }
 
@@ -172,6 +173,15 @@ func (m *memory) Read(i int, p []byte) error {
 func (m *memory) Sync() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if err := m.syncErr; err != nil {
+		m.syncErr = nil
+		for i := range m.unsynced {
+			m.have[i] = nil
+			m.left++
+		}
+		clear(m.unsynced)
+		return err
+	}
 	for i := range m.unsynced {
 		m.synced[i] = true
 	}
