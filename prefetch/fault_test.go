@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"accel"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // flipped is b with a wrong byte at an offset.
@@ -288,6 +290,62 @@ func TestDiskFull(t *testing.T) {
 	b.fill(fx, 50, 1)
 	m.check(t, 50)
 	<-done
+}
+
+// A failing disk is not tried again and again at once, also where all that was asked for was read by then.
+func TestDiskThatFailsLast(t *testing.T) {
+	b := start(t, Options{})
+	fx := build(t, random(42), shape{members: 1, most: 30_000})
+	var left atomic.Int32
+	left.Store(3)
+	m, r, done := b.add(fx, func(l *Layer) {
+		l.Content.(*memory).putErr = func(int) error {
+			if left.Add(-1) >= 0 {
+				return errors.New("the disk is broken")
+			}
+			return nil
+		}
+	})
+	<-done
+	m.check(t, 0)
+	if s := b.Stats(fx.digest); s.Retries != 3 || len(r.asked()) != 4 {
+		t.Errorf("%d requests, of which %d count as tries after a failure", len(r.asked()), s.Retries)
+	}
+}
+
+// What is copied is reserved as well, and all of a layer whose registry turns out to know no ranges.
+func TestReservesFirst(t *testing.T) {
+	b := start(t, noBackground)
+	fx := build(t, random(43), shape{members: 100, most: 30_000})
+	old, _, _ := b.add(fx, nil)
+	b.fill(fx, 0, 30)
+	old.check(t, 29)
+	twin := *fx
+	twin.digest = digest.FromString("twin")
+	var reserved atomic.Int64
+	written := int64(0)
+	m, _, _ := b.add(&twin, func(l *Layer) {
+		l.Content.(*memory).putErr = func(i int) error {
+			if written += fx.chunks[i].Bytes; written > reserved.Load() {
+				t.Errorf("%d bytes are written and %d reserved", written, reserved.Load())
+			}
+			return nil
+		}
+		l.Reserve = func(n int64) (func(), error) {
+			reserved.Add(n)
+			return func() {}, nil
+		}
+		l.Source = sourceFunc(func(_ context.Context, offset, length int64) (answerBody, error) {
+			if length != -1 {
+				return answerBody{}, ErrUnranged
+			}
+			return bodyOf(fx.blob), nil
+		})
+	})
+	b.fill(&twin, 10, 5)
+	b.fill(&twin, 90, 1)
+	m.check(t, 12)
+	eventually(t, "the whole layer", func() bool { return m.Left() == 0 })
 }
 
 // Room that can be made is made, and what was reserved is given back.

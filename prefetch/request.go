@@ -79,7 +79,10 @@ func (f *Filler) request(ctx context.Context, fl *flight, from, to int) error {
 		return cause
 	}
 	if errors.Is(err, ErrUnranged) && !fl.whole {
-		return f.loseRanges(fl)
+		if err := f.loseRanges(fl); err != nil {
+			return err
+		}
+		return f.makeRoom(fl)
 	}
 	if err != nil {
 		return fmt.Errorf("layer %s, bytes from %d: %w", l.digest, offset, err)
@@ -100,7 +103,7 @@ func (f *Filler) loseRanges(fl *flight) error {
 		}
 	}
 	f.log.Info("the registry knows no ranges, so the layer is fetched as a whole", "layer", l.digest)
-	fl.whole, fl.first, fl.next, fl.end, fl.until = true, 0, 0, l.members, l.members
+	fl.whole, fl.must, fl.first, fl.next, fl.end, fl.until = true, 0, 0, 0, l.members, l.members
 	return nil
 }
 
