@@ -135,7 +135,6 @@ type Filler struct {
 	layers  map[digest.Digest]*layer
 	list    []*layer // in the order of Add
 	links   map[string]*link
-	hot     hotSet
 	touches uint64         // counts misses
 	flights sync.WaitGroup // Add under mu while not closed
 }
@@ -264,7 +263,7 @@ func (f *Filler) Remove(d digest.Digest) {
 	}
 	l.link.layers--
 	l.removed = true
-	f.hot.drop(l)
+	l.link.hot.drop(l)
 	for _, fl := range l.flights {
 		fl.cancel(errRemoved)
 	}

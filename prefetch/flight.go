@@ -128,7 +128,7 @@ func (f *Filler) land(fl *flight, err error) {
 	}
 	f.judge(l, fl, err)
 	if fl.kind == hot {
-		f.hot.want(l, fl.first, fl.until)
+		l.link.hot.want(l, fl.first, fl.until)
 	}
 	for w := range l.waiters {
 		if w.forgotten() {

@@ -84,18 +84,8 @@ func TestPersistsNothingThatIsLost(t *testing.T) {
 		l.Content = syncTold{m, &failed}
 		l.Persist = func(chunks []int) error { marked <- chunks; return nil }
 		m.syncErr = errors.New("the disk is broken")
-		for i := range fx.chunks { // a window each
-			fx.chunks[i].BlobOffset += int64(i) * maxWindowBytes
-		}
-		l.Source = sourceFunc(func(_ context.Context, offset, length int64) (answerBody, error) {
-			for i, c := range fx.chunks {
-				if c.BlobOffset == offset {
-					at := offset - int64(i)*maxWindowBytes
-					return bodyOf(fx.blob[at : at+length]), nil
-				}
-			}
-			return answerBody{}, accel.ErrInvalid
-		})
+		fx.scatter()
+		l.Source = fx.scattered()
 	})
 	b.fill(fx, 0, 1)
 	eventually(t, "a Sync that fails", failed.Load)
@@ -236,6 +226,41 @@ func TestHostileHot(t *testing.T) {
 	cancel()
 	if err := b.Hot(ctx, many); !errors.Is(err, context.Canceled) {
 		t.Error(err)
+	}
+}
+
+// A registry that does not answer keeps back neither another's hot set nor, where it answers for some layers, that of others.
+func TestHotOfOneRegistryStarvesNoOther(t *testing.T) {
+	b := start(t, Options{BackgroundBytesPerSecond: -1, StallPatience: time.Hour})
+	r := random(47)
+	var pieces []Piece
+	add := func(host string, source func(*fixture) Source) *fixture {
+		fx := build(t, r, shape{members: 100, most: 30_000})
+		fx.scatter()
+		b.add(fx, func(l *Layer) { l.Host, l.Source = host, source(fx) })
+		for i := range fx.chunks {
+			pieces = append(pieces, Piece{fx.digest, i, 1})
+		}
+		return fx
+	}
+	add("silent", func(*fixture) Source {
+		return sourceFunc(func(ctx context.Context, _, _ int64) (answerBody, error) {
+			<-ctx.Done()
+			return answerBody{}, ctx.Err()
+		})
+	})
+	add("mixed", func(*fixture) Source {
+		return sourceFunc(func(context.Context, int64, int64) (answerBody, error) {
+			return answerBody{}, accel.ErrUnauthenticated
+		})
+	})
+	beside := add("mixed", func(fx *fixture) Source { return fx.scattered() })
+	other := add("other", func(fx *fixture) Source { return fx.scattered() })
+	if err := b.Hot(t.Context(), pieces); err != nil {
+		t.Fatal(err)
+	}
+	for _, fx := range []*fixture{other, beside} {
+		eventually(t, "the hot set", func() bool { return b.Stats(fx.digest).HotLeft == 0 })
 	}
 }
 

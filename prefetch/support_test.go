@@ -91,6 +91,25 @@ func build(t testing.TB, r *rand.Rand, s shape) *fixture {
 	return f
 }
 
+// scatter puts the members so far from each other that each is a request of its own.
+func (f *fixture) scatter() {
+	for i := range f.chunks {
+		f.chunks[i].BlobOffset += int64(i) * maxWindowBytes
+	}
+}
+
+// scattered is the Source of a fixture whose members were scattered.
+func (f *fixture) scattered() sourceFunc {
+	return func(_ context.Context, offset, length int64) (answerBody, error) {
+		i := offset / maxWindowBytes
+		if i >= int64(len(f.chunks)) || f.chunks[i].BlobOffset != offset || f.chunks[i].BlobBytes != length {
+			return answerBody{}, fmt.Errorf("%w: %d bytes at %d", accel.ErrInvalid, length, offset)
+		}
+		at := offset - i*maxWindowBytes
+		return bodyOf(f.blob[at : at+length]), nil
+	}
+}
+
 // pool is compressible by about half.
 var pool = sync.OnceValue(func() []byte {
 	r := random(0)
