@@ -281,6 +281,42 @@ func TestDamagedFiles(t *testing.T) {
 	}
 }
 
+// A holder is dead when its lock is free or gone, and not when nobody can tell.
+func TestDead(t *testing.T) {
+	b := newBed(t, nil)
+	h, err := NewHost(b.options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	lock := filepath.Join(b.dir, "v1@1-1", holderLock)
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !h.dead("v1@1-1") {
+		t.Error("one without a directory lives")
+	}
+	must(os.MkdirAll(filepath.Dir(lock), 0o700))
+	must(os.Symlink(lock, lock)) // cannot be opened
+	if h.dead("v1@1-1") {
+		t.Error("one whose lock cannot be looked at is dead")
+	}
+	must(os.Remove(lock))
+	f, err := os.Create(lock)
+	must(err)
+	must(unix.Flock(int(f.Fd()), unix.LOCK_EX))
+	if h.dead("v1@1-1") {
+		t.Error("one that holds its lock is dead")
+	}
+	must(f.Close())
+	if !h.dead("v1@1-1") {
+		t.Error("one that let go of its lock lives")
+	}
+}
+
 // A layer whose data file is another one now must not be taken for filled.
 func TestBitmapOfAnotherFile(t *testing.T) {
 	im := newSample(31, 20, 1000)
