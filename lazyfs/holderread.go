@@ -89,7 +89,7 @@ func (f *fuseServer) answer(unique uint64, file *held, offset int64, size int, e
 }
 
 // splice moves the bytes from the data file's page cache to the kernel's reader
-// without passing through our memory. An error is one before anything was answered.
+// without passing through our memory. An error is one before an answer was tried.
 func (f *fuseServer) splice(unique uint64, file *held, offset int64, size int) error {
 	p, err := f.pipes.get()
 	if err != nil {
@@ -116,7 +116,7 @@ func (f *fuseServer) splice(unique uint64, file *held, offset int64, size int) e
 	_, err = unix.Splice(p.r, nil, f.dev, nil, outHeaderBytes+size, 0)
 	if err != nil {
 		p.close()
-		f.answered(err)
+		f.answered(unique, err)
 		return nil
 	}
 	f.pipes.put(p)
@@ -135,7 +135,7 @@ func (f *fuseServer) copy(unique uint64, file *held, offset int64, size int) err
 		}
 		return err
 	}
-	f.answered(f.reply(unique, (*b)[:size]))
+	f.answered(unique, f.reply(unique, (*b)[:size]))
 	return nil
 }
 

@@ -1,8 +1,10 @@
 package lazyfs
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -278,6 +280,50 @@ func TestDamagedFiles(t *testing.T) {
 				t.Error("added again:", err)
 			}
 		})
+	}
+}
+
+// An answer that the device does not take is EIO for whoever waits for it, not silence.
+func TestAnswerThatIsNotTaken(t *testing.T) {
+	im := sampleOf(32, map[string][]byte{"file": bytesOf(32, 200<<10)})
+	l := openSample(t, im, nil)
+	fillAll(t, l, im)
+	data, err := os.Open(l.files.Data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer data.Close()
+	// Datagrams of more than some KiB do not fit into the socket, whether they are spliced or written.
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeFD(pair[0])
+	defer closeFD(pair[1])
+	if err := unix.SetsockoptInt(pair[0], unix.SOL_SOCKET, unix.SO_SNDBUF, 4096); err != nil {
+		t.Fatal(err)
+	}
+	f := &fuseServer{dev: pair[0], log: slog.New(slog.DiscardHandler)}
+	defer f.pipes.close()
+	file := &held{data: data}
+	for unique, answer := range map[uint64]func(unique uint64) error{
+		7: func(unique uint64) error { return f.splice(unique, file, 0, 100<<10) },
+		8: func(unique uint64) error { return f.copy(unique, file, 0, 100<<10) },
+	} {
+		if err := answer(unique); err != nil {
+			t.Error(err)
+		}
+		got, want := make([]byte, 200<<10), make([]byte, outHeaderBytes)
+		putOutHeader(want, unique, 0, unix.EIO)
+		for { // what of the splice went into a datagram of its own
+			n, _, err := unix.Recvfrom(pair[1], got, unix.MSG_DONTWAIT)
+			if err != nil {
+				t.Fatalf("request %d is not answered: %v", unique, err)
+			}
+			if bytes.Equal(got[:n], want) {
+				break
+			}
+		}
 	}
 }
 
