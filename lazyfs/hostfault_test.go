@@ -133,7 +133,7 @@ func TestHolderDies(t *testing.T) {
 	if died := <-b.died; len(died) != 1 || died[0] != im.digest {
 		t.Error("told of", died)
 	}
-	if m := b.mountsNow(); len(m) != 2 || !m[0].Dead && !m[1].Dead || m[0].Dead && m[1].Dead {
+	if m := b.mountsNow(); len(m) != 2 || b.deadOf(m) != 1 {
 		t.Errorf("%+v", m)
 	}
 	if err := im.sameFile(target, im.names[1]); err == nil {
@@ -148,7 +148,7 @@ func TestHolderDies(t *testing.T) {
 	if err := im.same(b.mount(im, "a")); err != nil {
 		t.Error("in the same place:", err)
 	}
-	if m := b.mountsNow(); len(m) != 3 || m[0].Dead || m[1].Dead || m[2].Dead {
+	if m := b.mountsNow(); len(m) != 3 || b.deadOf(m) != 0 {
 		t.Errorf("%+v", m)
 	}
 	if left, err := filepath.Glob(filepath.Join(b.dir, "v1@*")); err != nil || len(left) != 1 {
@@ -178,7 +178,7 @@ func TestHolderDiedMeanwhile(t *testing.T) {
 	if err := im.same(b.mount(im, "a")); err != nil {
 		t.Error("mounted again:", err)
 	}
-	if m := b.mountsNow(); len(m) != 1 || m[0].Dead {
+	if m := b.mountsNow(); len(m) != 1 || b.deadOf(m) != 0 {
 		t.Errorf("%+v", m)
 	}
 }
@@ -327,6 +327,53 @@ func TestAnswerThatIsNotTaken(t *testing.T) {
 	}
 }
 
+// A holder that ends just when it is asked to serve a layer is no reason not to mount it.
+func TestMountWhileTheHolderEnds(t *testing.T) {
+	im := newSample(33, 5, 1000)
+	b := newBed(t, nil)
+	dir := filepath.Join(b.dir, "v1@1-1")
+	lock, err := makeHolderDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	l, err := listenAt(filepath.Join(dir, holderSocket))
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked := make(chan string, 10)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		conn, err := l.Accept()
+		l.Close()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		p := newPeer(conn)
+		_ = p.serve(context.Background(), func(_ context.Context, m message) (message, bool) {
+			asked <- m.Kind
+			if m.Kind != askAdd {
+				return message{Version: "v1"}, true
+			}
+			if err := p.send(message{Kind: answer, ID: m.ID}); err != nil { // it has unmounted, and is about to end
+				t.Error(err)
+			}
+			p.close()
+			return message{}, false
+		})
+	}()
+	b.start(im)
+	if err := im.same(b.mount(im, "a")); err != nil {
+		t.Error(err)
+	}
+	<-served
+	if first, second := <-asked, <-asked; first != askHello || second != askAdd {
+		t.Error("asked", first, second)
+	}
+}
+
 // A holder is dead when its lock is free or gone, and not when nobody can tell.
 func TestDead(t *testing.T) {
 	b := newBed(t, nil)
@@ -449,7 +496,7 @@ func TestManyLayers(t *testing.T) {
 		b.unmount(target)
 	}
 	for _, im := range images {
-		if err := b.Remove(t.Context(), im.digest); err != nil {
+		if err := b.Remove(t.Context(), im.digest, nil); err != nil {
 			t.Error(err)
 		}
 	}

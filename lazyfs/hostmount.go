@@ -74,7 +74,7 @@ func (h *Host) make(ctx context.Context, l *Layer, lazy bool) (int, error) {
 	if !lazy {
 		return h.makePlain(l)
 	}
-	const tries = 3 // a holder may die at any moment
+	const tries = 3 // a holder may die or end at any moment
 	for try := 1; ; try++ {
 		link, err := h.holder(ctx)
 		if err != nil {
@@ -90,7 +90,7 @@ func (h *Host) make(ctx context.Context, l *Layer, lazy bool) (int, error) {
 				return fd, nil
 			}
 		}
-		if try == tries || h.alive(link.name) || ctx.Err() != nil {
+		if try == tries || h.alive(link.name) && !errors.Is(err, errGone) && !link.leaves(ctx, l.digest) || ctx.Err() != nil {
 			return -1, fmt.Errorf("mount layer %s: %w", l.digest, err)
 		}
 	}

@@ -4,9 +4,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"iter"
 	"os"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 
@@ -140,13 +138,14 @@ func (l *Layer) at(i int) (c accel.Chunk, err error) {
 	if err = l.check(i); err != nil {
 		return c, err
 	}
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if fault := recover(); fault != nil {
-			err = fmt.Errorf("%w: table of %s: %v", ErrDamaged, l.digest, fault)
-		}
-	}()
-	return l.table.At(i), nil
+	err = Guarded(func() error {
+		c = l.table.At(i)
+		return nil
+	})
+	if err != nil {
+		err = fmt.Errorf("table of %s: %w", l.digest, err)
+	}
+	return c, err
 }
 
 // Has reports whether chunk i is there.
@@ -161,27 +160,6 @@ func (l *Layer) hasAll(first, n int) bool {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
 	return !l.closed && l.bitmap.missing(first, first+n) == first+n
-}
-
-// Missing is the runs (first chunk, how many) among chunks [first, first+n) that are not there.
-func (l *Layer) Missing(first, n int) iter.Seq2[int, int] {
-	return func(yield func(int, int) bool) {
-		end := min(first+n, l.Len())
-		for i := max(first, 0); i < end; {
-			if l.Has(i) {
-				i++
-				continue
-			}
-			run := i + 1
-			for run < end && !l.Has(run) {
-				run++
-			}
-			if !yield(i, run-i) {
-				return
-			}
-			i = run
-		}
-	}
 }
 
 // Left is how many chunks are missing.

@@ -70,7 +70,8 @@ func TestLayerPutAndRead(t *testing.T) {
 	}
 }
 
-func TestLayerMissing(t *testing.T) {
+// A holder asks for the chunks from the first that is missing to the last.
+func TestHeldMissing(t *testing.T) {
 	im := newSample(51, 300, 10)
 	rng := rand.New(rand.NewPCG(51, 1))
 	there := make([]bool, len(im.chunks))
@@ -80,23 +81,6 @@ func TestLayerMissing(t *testing.T) {
 	l := openSample(t, im, func(i int) bool { return there[i] })
 	for range 500 {
 		first, n := rng.IntN(320)-10, rng.IntN(320)
-		seen := map[int]bool{}
-		last := -2
-		for run, k := range l.Missing(first, n) {
-			if run <= last {
-				t.Fatalf("run %d begins where the last one ended", run)
-			}
-			for j := run; j < run+k; j++ {
-				seen[j] = true
-			}
-			last = run + k
-		}
-		for i := range there {
-			if want := !there[i] && i >= first && i < first+n; seen[i] != want {
-				t.Fatalf("chunk %d of [%d,+%d): missing %v", i, first, n, seen[i])
-			}
-		}
-		// The holder's way to say it: from the first to the last.
 		from, to := max(first, 0), min(first+n, len(there))
 		if from >= to {
 			continue
@@ -116,9 +100,6 @@ func TestLayerMissing(t *testing.T) {
 		if err != nil || lo >= 0 && (gotFirst != lo || gotN != hi-lo+1) || lo < 0 && gotN != 0 {
 			t.Fatalf("chunks [%d,%d): span %d+%d, want %d to %d (%v)", from, to, gotFirst, gotN, lo, hi, err)
 		}
-	}
-	for range l.Missing(0, l.Len()) {
-		break // leaving the loop is allowed
 	}
 }
 

@@ -16,8 +16,7 @@ type metrics struct {
 	retries   prometheus.Counter
 	overtakes prometheus.Counter
 
-	fetched, copies [kinds]prometheus.Counter // of bytes
-	skipped         prometheus.Counter
+	fetched, copies, skipped [kinds]prometheus.Counter // of bytes
 }
 
 func newMetrics(r prometheus.Registerer) (*metrics, error) {
@@ -47,8 +46,8 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	for k := range kinds {
 		m.fetched[k] = m.bytes.WithLabelValues(k.String(), "registry")
 		m.copies[k] = m.bytes.WithLabelValues(k.String(), "copy")
+		m.skipped[k] = m.bytes.WithLabelValues(k.String(), "skipped")
 	}
-	m.skipped = m.bytes.WithLabelValues(background.String(), "skipped")
 	if r == nil {
 		return m, nil
 	}

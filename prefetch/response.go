@@ -147,7 +147,7 @@ func (s *response) note(n int, skipped bool, now time.Time) {
 	switch {
 	case skipped:
 		l.stats.SkippedBytes += int64(n)
-		s.f.metrics.skipped.Add(float64(n))
+		s.f.metrics.skipped[fl.kind].Add(float64(n))
 		return
 	case fl.kind == demand:
 		l.stats.DemandBytes += int64(n)
