@@ -184,7 +184,10 @@ func (h *Host) Remove(ctx context.Context, d digest.Digest, unread func()) error
 	h.mu.Lock()
 	delete(h.layers, d)
 	h.mu.Unlock()
-	return l.close()
+	if err := l.close(); err != nil { // it is removed all the same
+		h.o.Log.Warn("close", "layer", d, "error", err)
+	}
+	return nil
 }
 
 // unlink is for what the next start clears away too.

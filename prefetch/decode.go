@@ -212,14 +212,14 @@ func (f *Filler) inflate(l *layer, b *batch, m int, z *deflate.Reader, data *[]b
 				if torn := b.torn(end); torn != nil {
 					return nil, torn
 				}
-				f.countCorrupt(l)
+				f.metrics.corrupt.Inc()
 				return fmt.Errorf("chunk %d: %w", i, err), nil
 			}
 			last, held = c, true
 		}
 		switch err := f.put(l, i, c, *data); {
 		case errors.Is(err, ErrCorrupt):
-			f.countCorrupt(l)
+			f.metrics.corrupt.Inc()
 			bad = err
 		case err != nil:
 			return nil, err
@@ -255,13 +255,6 @@ func (f *Filler) fallShort(fl *flight, m int, err error) {
 	defer f.mu.Unlock()
 	f.failMember(fl.l, m, err)
 	fl.cancel(err)
-}
-
-func (f *Filler) countCorrupt(l *layer) {
-	f.metrics.corrupt.Inc()
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	l.stats.CorruptChunks++
 }
 
 // put gives a chunk to Content, after room was made once more where there was none. ErrCorrupt where it is not what its digest says.

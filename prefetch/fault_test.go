@@ -52,13 +52,13 @@ func TestCorruptOnce(t *testing.T) {
 		})
 		b.fill(fx, k, 1)
 		m.check(t, k)
-		if s := b.Stats(fx.digest); s.CorruptChunks == 0 || s.FailedMisses != 0 {
+		if s := b.sums(); s.corrupt == 0 || s.failedMisses != 0 {
 			t.Errorf("%+v", s)
 		}
 		if o.BackgroundBytesPerSecond >= 0 {
 			<-done
 		}
-		once(t, r, fx, c.BlobBytes+b.Stats(fx.digest).SkippedBytes+b.Stats(fx.digest).Overtakes*mostBackgroundBytes+leastWindowBytes)
+		once(t, r, fx, c.BlobBytes+b.sums().skipped+b.sums().overtakes*mostBackgroundBytes+leastWindowBytes)
 	}
 }
 
@@ -184,7 +184,7 @@ func TestTrickle(t *testing.T) {
 	})
 	b.fill(fx, 4, 1)
 	m.check(t, 4)
-	if s := b.Stats(fx.digest); s.Stalls != 1 {
+	if s := b.sums(); s.stalls != 1 {
 		t.Errorf("%+v", s)
 	}
 }
@@ -220,7 +220,7 @@ func TestGivesUp(t *testing.T) {
 			if err := b.Fill(t.Context(), fx.digest, 1, 1); !errors.Is(err, c.want) || !errors.Is(err, c.answer) {
 				t.Error(err)
 			}
-			if s := b.Stats(fx.digest); s.FailedMisses != 1 {
+			if s := b.sums(); s.failedMisses != 1 {
 				t.Errorf("%+v", s)
 			}
 		})
@@ -279,7 +279,7 @@ func TestDiskFull(t *testing.T) {
 			return func() {}, nil
 		}
 	})
-	eventually(t, "a try", func() bool { return b.Stats(fx.digest).Retries > 0 })
+	eventually(t, "a try", func() bool { return b.sums().retries > 0 })
 	if n := len(r.asked()); n != 0 {
 		t.Errorf("%d requests without room", n)
 	}
@@ -308,8 +308,8 @@ func TestDiskThatFailsLast(t *testing.T) {
 	})
 	<-done
 	m.check(t, 0)
-	if s := b.Stats(fx.digest); s.Retries != 3 || len(r.asked()) != 4 {
-		t.Errorf("%d requests, of which %d count as tries after a failure", len(r.asked()), s.Retries)
+	if s := b.sums(); s.retries != 3 || len(r.asked()) != 4 {
+		t.Errorf("%d requests, of which %d count as tries after a failure", len(r.asked()), s.retries)
 	}
 }
 
@@ -396,7 +396,7 @@ func TestNoRoomForAhead(t *testing.T) {
 func TestRemoveInTheMiddle(t *testing.T) {
 	b := start(t, Options{})
 	fx := build(t, random(30), shape{members: 100, most: 100_000})
-	m, _, _ := b.add(fx, func(l *Layer) {
+	m, r, _ := b.add(fx, func(l *Layer) {
 		l.Source.(*registry).fault = func(k int, ctx context.Context, _ int64, b []byte) (io.Reader, error, bool) {
 			return &hanging{ctx, bytes.NewReader(b[:len(b)/2])}, nil, true
 		}
@@ -405,7 +405,7 @@ func TestRemoveInTheMiddle(t *testing.T) {
 	waits := make(chan error)
 	last := len(fx.chunks) - 1
 	go func() { waits <- b.Fill(t.Context(), fx.digest, last, 1) }()
-	eventually(t, "a miss that waits", func() bool { return b.Stats(fx.digest).Requests > 1 && m.Left() < 100 })
+	eventually(t, "a miss that waits", func() bool { return len(r.asked()) > 1 && m.Left() < 100 })
 	b.Remove(fx.digest)
 	if err := <-waits; !errors.Is(err, accel.ErrNotFound) {
 		t.Error(err)
@@ -430,7 +430,7 @@ func TestEndInTheMiddle(t *testing.T) {
 	b := start(t, Options{})
 	fx := build(t, random(31), shape{members: 100, most: 100_000})
 	var marked atomic.Int64
-	m, _, _ := b.add(fx, func(l *Layer) {
+	m, r, _ := b.add(fx, func(l *Layer) {
 		l.Source.(*registry).fault = func(k int, ctx context.Context, _ int64, b []byte) (io.Reader, error, bool) {
 			return &hanging{ctx, bytes.NewReader(b[:len(b)/2])}, nil, true
 		}
@@ -438,7 +438,7 @@ func TestEndInTheMiddle(t *testing.T) {
 	})
 	waits := make(chan error)
 	go func() { waits <- b.Fill(t.Context(), fx.digest, 99, 1) }()
-	eventually(t, "a miss that waits", func() bool { return b.Stats(fx.digest).Requests > 1 && m.Left() < 100 })
+	eventually(t, "a miss that waits", func() bool { return len(r.asked()) > 1 && m.Left() < 100 })
 	b.stop()
 	if err := <-waits; !errors.Is(err, ErrClosed) {
 		t.Error(err)

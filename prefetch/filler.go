@@ -76,9 +76,8 @@ type Layer struct {
 	// Completed is called when all chunks are there and persisted, at once where they are when the layer is
 	// added, and again where Content has lost some since. It may call Remove.
 	Completed func()
-	// OnDemand is told each Fill that found something missing, by the goroutine that called Fill: how long it
-	// waited, and for how many bytes of content.
-	OnDemand func(first, n int, waited time.Duration, bytes int64, err error)
+	// OnDemand is told of each Fill that found something missing when it ends, and how, by the goroutine that called Fill.
+	OnDemand func(err error)
 }
 
 // Options of a Filler; zero fields mean the defaults.
@@ -91,29 +90,24 @@ type Options struct {
 	// BackgroundBytesPerSecond bounds completion in the background, over all layers. 0: not at all; negative: there is none.
 	BackgroundBytesPerSecond int64
 	// DemandConnections and BackgroundConnections bound the requests at a time to one host; default 8 for misses,
-	// and 4 each for the hot set and the background.
+	// 4 for the background. The hot set has 4, and up to 16 where its ranges are short and the host is far.
 	DemandConnections, BackgroundConnections int
 	Registerer                               prometheus.Registerer // nil: no metrics
 	Log                                      *slog.Logger          // nil: slog.Default
 }
 
-// Stats of one layer since it was added.
+// Stats of one layer since it was added. The metrics tell more, of all layers together.
 type Stats struct {
-	Chunks, Left int // of the layer; those still missing
+	Chunks int
 	// HotLeft counts gzip members of the hot set that are not there yet.
 	HotLeft int
-	// Misses are Fills that had to wait, FailedMisses those that ended with an error; MissBytes of
-	// content were missing, Waited is the time that readers spent.
-	Misses, FailedMisses, MissBytes int64
-	Waited                          time.Duration
-	// FetchedBytes came from the registry, compressed: DemandBytes, HotBytes and BackgroundBytes by who wanted them, and
-	// SkippedBytes that were there already and lay between others.
-	FetchedBytes, DemandBytes, HotBytes, BackgroundBytes, SkippedBytes int64
+	// Misses are Fills that had to wait; MissBytes of content were missing, Waited is the time that readers spent.
+	Misses, MissBytes int64
+	Waited            time.Duration
+	// FetchedBytes came from the registry, compressed; of these, DemandBytes for misses.
+	FetchedBytes, DemandBytes int64
 	// CopiedBytes of content were copied from layers that had them.
 	CopiedBytes int64
-	// Requests to the registry; Retries, Stalls, CorruptChunks, and Overtakes: requests for what
-	// another one would have brought too late.
-	Requests, Retries, Stalls, CorruptChunks, Overtakes int64
 }
 
 // Filler schedules. It is safe for concurrent use.
@@ -268,7 +262,7 @@ func (f *Filler) Remove(d digest.Digest) {
 		fl.cancel(errRemoved)
 	}
 	for w := range l.waiters {
-		w.fail(fmt.Errorf("%w: layer %s was removed", accel.ErrNotFound, d))
+		w.finish(fmt.Errorf("%w: layer %s was removed", accel.ErrNotFound, d))
 	}
 	for l.users > 0 || len(l.flights) > 0 {
 		l.idle.Wait()
@@ -286,8 +280,7 @@ func (f *Filler) Stats(d digest.Digest) Stats {
 		return Stats{}
 	}
 	s := l.stats
-	s.Chunks, s.Left = l.n, l.Content.Left()
-	s.HotLeft = l.hotLeft()
+	s.Chunks, s.HotLeft = l.n, l.hotLeft()
 	return s
 }
 

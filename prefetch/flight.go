@@ -149,7 +149,6 @@ func (f *Filler) judge(l *layer, fl *flight, err error) {
 		return
 	}
 	if errors.Is(err, errStalled) {
-		l.stats.Stalls++
 		f.metrics.stalls.Inc()
 		l.link.stalls++
 	}
@@ -159,7 +158,6 @@ func (f *Filler) judge(l *layer, fl *flight, err error) {
 	if fl.kind == demand {
 		return // who waits says so
 	}
-	l.stats.Retries++
 	f.metrics.retries.Inc()
 	log := f.log.Debug
 	if l.failures == 4 {

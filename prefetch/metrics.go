@@ -1,8 +1,9 @@
 package prefetch
 
 import (
-	"fmt"
 	"time"
+
+	"accel/internal/collectors"
 
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -48,15 +49,8 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		m.copies[k] = m.bytes.WithLabelValues(k.String(), "copy")
 		m.skipped[k] = m.bytes.WithLabelValues(k.String(), "skipped")
 	}
-	if r == nil {
-		return m, nil
-	}
-	for _, c := range []prometheus.Collector{m.bytes, m.misses, m.wait, m.corrupt, m.stalls, m.retries, m.overtakes} {
-		if err := r.Register(c); err != nil {
-			return nil, fmt.Errorf("register metrics: %w", err)
-		}
-	}
-	return m, nil
+	_, err := collectors.Register(r, m.bytes, m.misses, m.wait, m.corrupt, m.stalls, m.retries, m.overtakes)
+	return m, err
 }
 
 func (m *metrics) copied(k kind, bytes int64) { m.copies[k].Add(float64(bytes)) }

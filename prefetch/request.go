@@ -61,7 +61,6 @@ func (f *Filler) request(ctx context.Context, fl *flight, from, to int) error {
 		offset, length = 0, -1
 	}
 	f.mu.Lock()
-	l.stats.Requests++
 	fl.requested, fl.begun, fl.position, fl.received, fl.paced = time.Now(), time.Time{}, offset, 0, false
 	patience := l.link.patience(f.o.StallPatience)
 	f.mu.Unlock()
