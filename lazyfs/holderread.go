@@ -113,9 +113,12 @@ func (f *fuseServer) splice(unique uint64, file *held, offset int64, size int) e
 		}
 		done += int(n)
 	}
-	_, err = unix.Splice(p.r, nil, f.dev, nil, outHeaderBytes+size, 0)
+	n, err := unix.Splice(p.r, nil, f.dev, nil, outHeaderBytes+size, 0)
+	if err == nil && int(n) != outHeaderBytes+size {
+		err = io.ErrShortWrite
+	}
 	if err != nil {
-		p.close()
+		p.close() // what is left in it belongs to no other answer
 		f.answered(unique, err)
 		return nil
 	}

@@ -134,8 +134,10 @@ func (l *holderLink) add(ctx context.Context, layer *Layer) error {
 	return nil
 }
 
-// remove has the holder forget the layer. One that has gone has.
+// remove has the holder forget the layer. One that has gone has; one that was stopped is not waited for without end.
 func (l *holderLink) remove(ctx context.Context, d digest.Digest) error {
+	ctx, cancel := context.WithTimeout(ctx, releaseLimit+startLimit)
+	defer cancel()
 	patience := time.Now().Add(releaseLimit)
 	for {
 		_, err := l.peer.ask(ctx, message{Kind: askRemove, Digest: d})

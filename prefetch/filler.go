@@ -72,6 +72,7 @@ type Layer struct {
 	// otherwise, once they are (or were not) written and persisted. nil: there is always room.
 	Reserve func(bytes int64) (release func(), err error)
 	// Persist marks chunks in the durable index; Content.Sync has returned since they were put. nil: nothing does.
+	// accel.ErrNotFound: the index does not know the layer any more, so that it is not tried again.
 	Persist func(chunks []int) error
 	// Completed is called when all chunks are there and persisted, at once where they are when the layer is
 	// added, and again where Content has lost some since. It may call Remove.

@@ -94,6 +94,33 @@ func TestPersistsNothingThatIsLost(t *testing.T) {
 	}
 }
 
+// An index that has dropped the layer is not told again and again.
+func TestPersistsNothingThatIsDropped(t *testing.T) {
+	b := start(t, noBackground)
+	fx := build(t, random(48), shape{members: 2, most: 30_000})
+	marked := make(chan []int, 10)
+	var held atomic.Int64
+	b.add(fx, func(l *Layer) {
+		fx.scatter()
+		l.Source = fx.scattered()
+		l.Reserve = func(n int64) (func(), error) {
+			held.Add(n)
+			return sync.OnceFunc(func() { held.Add(-n) }), nil
+		}
+		l.Persist = func(chunks []int) error {
+			marked <- chunks
+			return accel.ErrNotFound
+		}
+	})
+	for i := range 2 {
+		b.fill(fx, i, 1)
+		if got := <-marked; !slices.Equal(got, []int{i}) {
+			t.Errorf("marked %v after chunk %d was put", got, i)
+		}
+	}
+	eventually(t, "nothing is reserved", func() bool { return held.Load() == 0 })
+}
+
 // syncTold says that a Sync failed.
 type syncTold struct {
 	*memory

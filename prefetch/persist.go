@@ -2,8 +2,11 @@ package prefetch
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"time"
+
+	"accel"
 )
 
 const (
@@ -71,10 +74,11 @@ func (f *Filler) persist(l *layer, last bool) (completed bool) {
 			err = l.Persist(pending)
 		}
 	}
+	again := err != nil && !errors.Is(err, accel.ErrNotFound)
 	if err != nil {
-		f.log.Warn("filled content could not be made durable and will be tried again", "layer", l.digest, "chunks", len(pending), "err", err)
+		f.log.Warn("filled content could not be made durable", "layer", l.digest, "chunks", len(pending), "again", again, "err", err)
 	}
-	if err == nil || last {
+	if !again || last {
 		for _, release := range releases {
 			release()
 		}
@@ -82,9 +86,11 @@ func (f *Filler) persist(l *layer, last bool) (completed bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err != nil {
-		l.pending = append(pending, l.pending...)
-		if !last {
-			l.releases = append(releases, l.releases...)
+		if again {
+			l.pending = append(pending, l.pending...)
+			if !last {
+				l.releases = append(releases, l.releases...)
+			}
 		}
 		l.persistAfter = time.Now().Add(persistTime)
 		return false
