@@ -156,6 +156,8 @@ func TestMountsThroughLoopDevices(t *testing.T) {
 	if b.loops() != 2 {
 		t.Errorf("%d loop devices", b.loops())
 	}
+	l, _ := b.Layer(im.digest)
+	fillAll(t, l, im)
 	if err := b.Complete(t.Context(), im.digest); err != nil {
 		t.Fatal(err)
 	}

@@ -205,7 +205,16 @@ func (m *memory) fault(before func(ctx context.Context, l *Layer, first, n int) 
 	m.before = before
 }
 
+// fillAll puts all chunks and syncs them.
 func fillAll(t testing.TB, l *Layer, im *sample) {
+	t.Helper()
+	putAll(t, l, im)
+	if err := l.Sync(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func putAll(t testing.TB, l *Layer, im *sample) {
 	t.Helper()
 	for i, c := range im.chunks {
 		if err := l.Put(i, c); err != nil {

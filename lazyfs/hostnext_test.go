@@ -87,6 +87,8 @@ func TestAdopt(t *testing.T) {
 	if _, err := os.Stat(stale); err == nil {
 		t.Error("a bitmap that is nobody's is still there")
 	}
+	again, _ := b.Layer(im.digest)
+	fillAll(t, again, im)
 	if err := b.Complete(t.Context(), im.digest); err != nil {
 		t.Error(err)
 	}

@@ -29,6 +29,10 @@ func TestCompleteSwapsTheMount(t *testing.T) {
 			defer old.Close()
 			container := overlay(t, b, target, "old")
 			l, _ := b.Layer(im.digest)
+			putAll(t, l, im)
+			if err := b.Complete(t.Context(), im.digest); !errors.Is(err, ErrIncomplete) {
+				t.Error("what may be taken back:", err)
+			}
 			fillAll(t, l, im)
 			if err := b.Complete(t.Context(), im.digest); err != nil {
 				t.Fatal(err)

@@ -39,6 +39,7 @@ type Layer struct {
 	// store's index did not know: what they say is in the page cache only.
 	unsyncedMu sync.Mutex
 	unsynced   []int32
+	unsure     atomic.Int64 // how many of these there are, with those that a Sync has taken and not made durable yet
 }
 
 // openLayer joins what the bitmap at bits says with has.
@@ -75,6 +76,7 @@ func openLayer(d digest.Digest, f Files, bits string, has func(chunk int) bool) 
 			l.left.Add(1)
 		}
 	}
+	l.unsure.Store(int64(len(l.unsynced)))
 	return l, nil
 }
 
@@ -168,6 +170,10 @@ func (l *Layer) Left() int { return int(l.left.Load()) }
 // Complete reports whether every chunk is there.
 func (l *Layer) Complete() bool { return l.Left() == 0 }
 
+// durable reports whether every chunk is there for good. Before that a chunk may be taken back, which who reads the data file
+// itself would not hear of.
+func (l *Layer) durable() bool { return l.Complete() && l.unsure.Load() == 0 }
+
 // check has l.mu held.
 func (l *Layer) check(i int) error {
 	if l.closed {
@@ -203,6 +209,7 @@ func (l *Layer) Put(i int, b []byte) error {
 	l.unsyncedMu.Lock()
 	l.unsynced = append(l.unsynced, int32(i))
 	l.unsyncedMu.Unlock()
+	l.unsure.Add(1) // before the chunk counts as there
 	if l.bitmap.set(i) {
 		l.left.Add(-1)
 	}
@@ -240,14 +247,17 @@ func (l *Layer) Sync() error {
 	doubtful := l.takeUnsynced()
 	err := unix.Fdatasync(int(l.data.Fd()))
 	if err == nil {
+		l.unsure.Add(-int64(len(doubtful)))
 		return nil
 	}
 	// What was written before it and noted since may be gone too.
 	l.putting.Lock()
 	defer l.putting.Unlock()
-	for _, i := range append(doubtful, l.takeUnsynced()...) {
+	doubtful = append(doubtful, l.takeUnsynced()...)
+	for _, i := range doubtful {
 		l.forget(int(i))
 	}
+	l.unsure.Add(-int64(len(doubtful)))
 	return fmt.Errorf("sync layer %s: %w", l.digest, err)
 }
 
