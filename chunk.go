@@ -7,6 +7,17 @@ const (
 	MaxPackedTOCBytes = 64 << 20
 )
 
+// Bounds of what is mounted lazily: package lazyfs refuses a layer beyond them, and package prefetch, which takes memory by them,
+// relies on that. A layer of 32 GiB has 8,192 chunks of the usual 4 MiB, and 16 MiB is the most that package convert makes of one.
+const (
+	MaxLayerChunks = 1 << 21
+	// MaxChunkBytes: a read that meets a hole waits for a whole chunk, and its digest is of all its bytes, which are in
+	// memory until then.
+	MaxChunkBytes = 16 << 20
+	// MaxMemberBytes bounds the gzip members that hold a chunk, compressed.
+	MaxMemberBytes = 32 << 20
+)
+
 // Chunk is one piece of a lazily loaded layer: where its bytes are in the
 // layer's blob, and where they belong in the file that holds the layer's content
 // on a node. The TOC of an eStargz layer tells the first, package lazyfs decides

@@ -199,7 +199,6 @@ func (s *Store) GC(ctx context.Context) (Report, error) {
 			return rep, err
 		}
 		rep.RemovedFiles++
-		rep.RemovedLayers = max(before.layers-after.layers, 0)
 		rep.FreedBytes += info.Size()
 	}
 	return rep, errors.Join(err, s.commit())

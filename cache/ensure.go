@@ -1,15 +1,11 @@
 package cache
 
 import (
-	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 
 	"accel"
-
-	"github.com/opencontainers/go-digest"
 )
 
 // Ensure brings the whole of b without a client, and returns when it is complete
@@ -31,23 +27,4 @@ func (s *Store) Ensure(ctx context.Context, b accel.BlobDescriptor, f Fetcher, l
 		}
 		r.given(n)
 	}
-}
-
-// PutBlob stores small content, checked against its digest (ErrDigest). Run must be running.
-func (s *Store) PutBlob(ctx context.Context, d digest.Digest, content []byte) error {
-	if _, err := keyOf(d); err != nil {
-		return err
-	}
-	if got := d.Algorithm().FromBytes(content); got != d {
-		return fmt.Errorf("%w: blob %s has digest %s", ErrDigest, d, got)
-	}
-	_, err := s.Ensure(ctx, accel.BlobDescriptor{Digest: d, SizeBytes: int64(len(content))}, memory(content), false)
-	return err
-}
-
-// memory is the Fetcher of content that is here.
-type memory []byte
-
-func (m memory) Fetch(_ context.Context, offset, _ int64) (Stream, error) {
-	return Stream{ReadCloser: io.NopCloser(bytes.NewReader(m[offset:])), From: offset}, nil
 }

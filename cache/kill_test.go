@@ -49,7 +49,7 @@ func fillKilled(s *Store, seed uint64) {
 						some = append(some, rng.IntN(l.chunks()))
 					}
 					if err = l.put(kept, some...); err == nil {
-						kept.Use()
+						_ = kept.Use() // gone: see below
 						fmt.Println("marked", i, some)
 					}
 				}

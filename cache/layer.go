@@ -104,9 +104,6 @@ func (s *Store) Layer(d digest.Digest) (*Layer, error) {
 // Files are where the layer's files are.
 func (l *Layer) Files() LayerFiles { return layerFiles(l.s.layerDir(l.digest)) }
 
-// Chunks is how many there are in Data.
-func (l *Layer) Chunks() int { return int(l.info.chunks) }
-
 // Has returns whether a chunk was marked when Has was called.
 func (l *Layer) Has() func(chunk int) bool {
 	l.s.mu.Lock()
@@ -119,13 +116,6 @@ func (l *Layer) Has() func(chunk int) bool {
 	return func(chunk int) bool { return chunk >= 0 && int64(chunk) < chunks && marks.has(int64(chunk)) }
 }
 
-// Complete reports whether all chunks are marked.
-func (l *Layer) Complete() bool {
-	l.s.mu.Lock()
-	defer l.s.mu.Unlock()
-	return l.complete
-}
-
 // Stat returns what there is of it.
 func (l *Layer) Stat() Entry {
 	l.s.mu.Lock()
@@ -134,15 +124,20 @@ func (l *Layer) Stat() Entry {
 }
 
 // Use notes that somebody mounted it or read from it, for eviction. The first time after it was made does not count as
-// a second use: what is used once only goes before what is used again.
-func (l *Layer) Use() {
+// a second use: what is used once only goes before what is used again. accel.ErrNotFound where the layer was evicted,
+// removed or found damaged: it has to be asked for, or made, again.
+func (l *Layer) Use() error {
 	l.s.mu.Lock()
 	defer l.s.mu.Unlock()
+	if err := l.usable(); err != nil {
+		return err
+	}
 	l.usedAt, l.touched = l.s.o.Now().UnixNano(), true
 	if l.used {
 		l.visited = true
 	}
 	l.used = true
+	return nil
 }
 
 // Lose drops a layer of which a user found that it cannot be used, as Check does with damaged ones. Pins stay,

@@ -26,7 +26,7 @@ func TestLayer(t *testing.T) {
 				t.Errorf("before it is made: %v", err)
 			}
 			kept := mustCreate(t, s, l)
-			if kept.Complete() != (chunks == 0) || kept.Chunks() != chunks || kept.Has()(0) {
+			if kept.Stat().Complete != (chunks == 0) || kept.Stat().Chunks != chunks || kept.Has()(0) {
 				t.Errorf("new: %+v", kept.Stat())
 			}
 			for _, bad := range []int{-1, chunks, 1 << 40} {
@@ -56,7 +56,7 @@ func TestLayer(t *testing.T) {
 				t.Fatal(err)
 			}
 			e := half.Stat()
-			if !half.Complete() || !e.Complete || e.PresentBytes != e.SizeBytes || e.Form != FormLayer || e.AllocatedBytes < int64(len(l.data)) {
+			if !half.Stat().Complete || !e.Complete || e.PresentBytes != e.SizeBytes || e.Form != FormLayer || e.AllocatedBytes < int64(len(l.data)) {
 				t.Errorf("complete: %+v", e)
 			}
 			if err := again.Close(); err != nil {
@@ -64,7 +64,7 @@ func TestLayer(t *testing.T) {
 			}
 			again = open(t, Options{Dir: again.o.Dir})
 			whole, err := again.Layer(l.digest)
-			if err != nil || !whole.Complete() || l.right(t, whole) != chunks {
+			if err != nil || !whole.Stat().Complete || l.right(t, whole) != chunks {
 				t.Errorf("complete, after a start: %v", err)
 			}
 		})
@@ -110,7 +110,7 @@ func TestLayerMarks(t *testing.T) {
 			t.Errorf("chunk %d: %v", i, has(i))
 		}
 	}
-	if err := kept.Commit(upTo(chunks)); err != nil || rows() != 0 || !kept.Complete() {
+	if err := kept.Commit(upTo(chunks)); err != nil || rows() != 0 || !kept.Stat().Complete {
 		t.Errorf("%d rows, %v", rows(), err)
 	}
 	s.mu.Lock()
@@ -121,7 +121,7 @@ func TestLayerMarks(t *testing.T) {
 		t.Errorf("%d marks were taken away, %d rows, %v", n, rows(), err)
 	}
 	reopen()
-	if has := kept.Has(); kept.Complete() || has(7) || has(chunks-1) || !has(8) || kept.Stat().PresentChunks != chunks-2 {
+	if has := kept.Has(); kept.Stat().Complete || has(7) || has(chunks-1) || !has(8) || kept.Stat().PresentChunks != chunks-2 {
 		t.Errorf("%+v", kept.Stat())
 	}
 }

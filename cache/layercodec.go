@@ -81,7 +81,7 @@ func (i *layerInfo) check(files int) error {
 	return nil
 }
 
-// sealInfo is the content of the file info of layer d.
+// seal is the content of the file info of layer d.
 func (i *layerInfo) seal(d digest.Digest) []byte { return sealRow(tableLayers, d.String(), i.encode()) }
 
 // maxInfoBytes bounds what is read of a file info.

@@ -164,7 +164,7 @@ func TestLayersWithoutIndex(t *testing.T) {
 			if n := l.right(t, kept); n != c.kept {
 				t.Errorf("%d chunks", n)
 			}
-			if err := l.put(kept, upTo(9)...); err != nil || !kept.Complete() {
+			if err := l.put(kept, upTo(9)...); err != nil || !kept.Stat().Complete {
 				t.Errorf("filled up: %v", err)
 			}
 		})

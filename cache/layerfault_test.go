@@ -108,7 +108,7 @@ func TestLayersOnFullDisk(t *testing.T) {
 	}
 	until(t, "a layer is filled again", func() bool {
 		kept, err := b.CreateLayer(t.Context(), layers[0].digest, layers[0].info(), layers[0].write)
-		return err == nil && layers[0].put(kept, upTo(chunks)...) == nil && kept.Complete()
+		return err == nil && layers[0].put(kept, upTo(chunks)...) == nil && kept.Stat().Complete
 	})
 	b.close()
 	b = start(t, o)
@@ -165,7 +165,7 @@ func TestSeedLayer(t *testing.T) {
 		}
 		s = open(t, Options{Dir: dir, VerifyLayer: verifyLayer})
 		kept, err := s.Layer(l.digest)
-		if err != nil || l.right(t, kept) != present || kept.Complete() != (present == 9) {
+		if err != nil || l.right(t, kept) != present || kept.Stat().Complete != (present == 9) {
 			t.Errorf("%d chunks: %v", present, err)
 		}
 		if rep, err := s.Check(t.Context(), nil); err != nil || rep.CheckedLayers != 1 || rep.WrongChunks > 0 {

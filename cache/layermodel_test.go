@@ -107,7 +107,7 @@ func TestLayerModel(t *testing.T) {
 				t.Fatalf("step %d: chunk %d of layer %d: %v", step, c, i, has(c))
 			}
 		}
-		if n := l.right(t, kept); kept.Complete() != (n == chunks) || kept.Stat().PresentChunks != n || kept.Stat().Pinned != m.pinned {
+		if n := l.right(t, kept); kept.Stat().Complete != (n == chunks) || kept.Stat().PresentChunks != n || kept.Stat().Pinned != m.pinned {
 			t.Fatalf("step %d: %+v with %d right chunks", step, kept.Stat(), n)
 		}
 	}

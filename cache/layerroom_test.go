@@ -57,8 +57,14 @@ func TestSideBySide(t *testing.T) {
 	}
 	release()
 	release() // twice is once
+	if err := kept.Use(); err != nil {
+		t.Errorf("use of what is there: %v", err)
+	}
 	if err := b.Remove(l.digest); err != nil {
 		t.Fatal(err)
+	}
+	if err := kept.Use(); !errors.Is(err, accel.ErrNotFound) {
+		t.Errorf("use of what was removed: %v", err)
 	}
 	if _, err := b.Layer(l.digest); !errors.Is(err, accel.ErrNotFound) || b.has(data) || len(b.List()) != 0 {
 		t.Errorf("after Remove: %v, %+v", err, b.List())
@@ -133,16 +139,20 @@ func TestLayerEviction(t *testing.T) {
 	}
 	for _, l := range []testLayer{pinned, hot, cold} {
 		kept := mustCreate(t, b.Store, l)
-		kept.Use()
+		if err := kept.Use(); err != nil {
+			t.Fatal(err)
+		}
 		if err := l.put(kept, upTo(chunks)...); err != nil {
 			t.Fatal(err)
 		}
 	}
 	for i := range 20 { // a scan, in both forms
-		if kept, err := b.Layer(hot.digest); err != nil {
+		kept, err := b.Layer(hot.digest)
+		if err == nil {
+			err = kept.Use()
+		}
+		if err != nil {
 			t.Fatal(err)
-		} else {
-			kept.Use()
 		}
 		if i%2 == 0 {
 			data := content(1500+i, 3*mib)

@@ -2,17 +2,16 @@ package cache
 
 import (
 	"errors"
-	"fmt"
 	"time"
 
 	"accel"
+	"accel/internal/collectors"
 
 	"github.com/prometheus/client_golang/prometheus"
 )
 
 type metrics struct {
-	registerer prometheus.Registerer
-	collectors []prometheus.Collector
+	unregister func() // those of the gauges ask the store
 
 	reads       *prometheus.CounterVec
 	fetched     *prometheus.CounterVec
@@ -31,7 +30,6 @@ type metrics struct {
 
 func newMetrics(r prometheus.Registerer, s *Store) (*metrics, error) {
 	m := &metrics{
-		registerer: r,
 		reads: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "accel_cache_read_bytes_total",
 			Help: "Bytes given to readers, by where they came from (cache, registry, peer, shared: fetched for another reader just then).",
@@ -78,7 +76,7 @@ func newMetrics(r prometheus.Registerer, s *Store) (*metrics, error) {
 	gauge := func(name, help string, of func(accel.CacheUsage) float64) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return of(s.Usage()) })
 	}
-	m.collectors = []prometheus.Collector{
+	all := []prometheus.Collector{
 		m.reads, m.fetched, m.fills, m.dropped, m.layers, m.wrongChunks, m.evictions, m.evictedSize, m.passed, m.commits,
 		gauge("accel_cache_used_bytes", "Bytes that the cache takes on disk.", func(u accel.CacheUsage) float64 { return float64(u.UsedBytes) }),
 		gauge("accel_cache_budget_bytes", "Bytes that the cache may take; 0: not bounded.", func(u accel.CacheUsage) float64 { return float64(u.BudgetBytes) }),
@@ -86,27 +84,9 @@ func newMetrics(r prometheus.Registerer, s *Store) (*metrics, error) {
 		gauge("accel_cache_blobs", "Blobs in the cache.", func(u accel.CacheUsage) float64 { return float64(u.Blobs) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "accel_cache_layers", Help: "Layers that are kept inflated in the cache."}, func() float64 { return float64(s.held().layers) }),
 	}
-	if r == nil {
-		return m, nil
-	}
-	for i, c := range m.collectors {
-		if err := r.Register(c); err != nil {
-			m.collectors = m.collectors[:i]
-			m.unregister()
-			return nil, fmt.Errorf("register metrics: %w", err)
-		}
-	}
-	return m, nil
-}
-
-// unregister takes the metrics back: those of the gauges ask the store.
-func (m *metrics) unregister() {
-	if m.registerer == nil {
-		return
-	}
-	for _, c := range m.collectors {
-		m.registerer.Unregister(c)
-	}
+	var err error
+	m.unregister, err = collectors.Register(r, all...)
+	return m, err
 }
 
 func (m *metrics) filled(n int, peer bool) {

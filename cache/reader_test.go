@@ -440,12 +440,4 @@ func TestEnsure(t *testing.T) {
 		t.Errorf("again: %+v, %v", got, err)
 	}
 	mustGet(t, b.Store, data, 0, -1, nil)
-	small := []byte(`{"architecture":"amd64"}`)
-	if err := b.PutBlob(t.Context(), digest.FromBytes(small), small); err != nil {
-		t.Error(err)
-	}
-	mustGet(t, b.Store, small, 0, -1, nil)
-	if err := b.PutBlob(t.Context(), digest.FromBytes(small), data); !errors.Is(err, ErrDigest) {
-		t.Errorf("wrong small content: %v", err)
-	}
 }

@@ -70,7 +70,7 @@ func (l *Lazy) fetchAhead(ctx context.Context, img *image, answer <-chan found) 
 	began := time.Now()
 	var w *wave
 	var pieces []prefetch.Piece
-	err := guarded(func() (err error) {
+	err := lazyfs.Guarded(func() (err error) {
 		w, pieces, err = l.plan(img, f)
 		return err
 	})

@@ -244,7 +244,8 @@ func inflatedDigest(r io.Reader, want digest.Digest) (digest.Digest, error) {
 func (l *Lazy) Verify(ctx context.Context, d digest.Digest, f cache.LayerFiles, has func(int) bool, progress func(int64)) ([]int, error) {
 	wrong, err := VerifyLayer(ctx, d, f, has, progress)
 	if layer, open := l.host.Layer(d); open && len(wrong) > 0 {
-		if err := layer.Forget(wrong...); err != nil {
+		// One that was closed meanwhile has no mounts; the store would take an error for damage, and drop it.
+		if err := layer.Forget(wrong...); err != nil && !errors.Is(err, lazyfs.ErrClosed) {
 			return nil, err
 		}
 	}
@@ -264,6 +265,14 @@ func VerifyLayer(ctx context.Context, _ digest.Digest, f cache.LayerFiles, has f
 		return nil, err
 	}
 	defer data.Close() // only read
+	err = lazyfs.Guarded(func() error {
+		wrong, err = wrongChunks(ctx, table, data, has, progress)
+		return err
+	})
+	return wrong, err
+}
+
+func wrongChunks(ctx context.Context, table *lazyfs.Table, data *os.File, has func(int) bool, progress func(int64)) (wrong []int, err error) {
 	var b []byte
 	var data0 int64 // where content begins again; holes are not worth hashing
 	for i := range table.Len() {

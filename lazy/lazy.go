@@ -221,7 +221,7 @@ func (l *Lazy) adopt(ctx context.Context, d digest.Digest) error {
 	if err != nil {
 		return err
 	}
-	return l.add(d, stored, o, false)
+	return l.add(ctx, d, stored, o, false)
 }
 
 // Run serves mounts and fills them until ctx ends. Mounts and the holder stay.

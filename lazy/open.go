@@ -50,9 +50,18 @@ func (l *Lazy) openLayer(ctx context.Context, d digest.Digest, said *origin) (ma
 	}
 	l.mu.Unlock()
 	if y != nil {
-		y.stored.Use()
-		l.wantCheck(y)
-		return nil, nil
+		err := y.stored.Use()
+		if err == nil {
+			l.wantCheck(y)
+		}
+		if !errors.Is(err, accel.ErrNotFound) {
+			return nil, err
+		}
+		// The store has dropped it: its files are gone, whatever is still open of them.
+		l.o.Log.Warn("a layer is not in the store any more; it is made anew", "layer", d, "error", err)
+		if err := l.closeLayer(ctx, d); err != nil {
+			return nil, fmt.Errorf("close layer %s, which is not in the store any more: %w", d, err)
+		}
 	}
 	stored, err := l.o.Store.Layer(d)
 	if errors.Is(err, accel.ErrNotFound) {
@@ -61,8 +70,10 @@ func (l *Lazy) openLayer(ctx context.Context, d digest.Digest, said *origin) (ma
 	if err != nil {
 		return nil, err
 	}
-	stored.Use()
-	return made, l.add(d, stored, o, said != nil)
+	if err := stored.Use(); err != nil {
+		return nil, err
+	}
+	return made, l.add(ctx, d, stored, o, said != nil)
 }
 
 // knownOrigin joins what is said of a layer with what is known, and keeps it.
@@ -147,7 +158,9 @@ func (l *Lazy) fetchTOC(ctx context.Context, d digest.Digest, o origin, memory *
 }
 
 // add gives an open layer to the mounts and to what fills them, held until it is released. The caller holds the layer's lock.
-func (l *Lazy) add(d digest.Digest, stored *cache.Layer, o origin, held bool) error {
+// After an error it is not open. The error is *Declined where it is not one that can be
+// filled.
+func (l *Lazy) add(ctx context.Context, d digest.Digest, stored *cache.Layer, o origin, held bool) error {
 	f, has := stored.Files(), stored.Has()
 	layer, err := l.host.Add(d, lazyfs.Files{Meta: f.Meta, Table: f.Table, Data: f.Data}, has)
 	if err != nil {
@@ -155,7 +168,7 @@ func (l *Lazy) add(d digest.Digest, stored *cache.Layer, o origin, held bool) er
 	}
 	y := &openLayer{Layer: layer, stored: stored, origin: o, at: time.Now()}
 	l.mu.Lock()
-	l.open[d] = y
+	l.open[d] = y // the filler may call completed at once
 	l.mu.Unlock()
 	err = l.filler.Add(prefetch.Layer{
 		Content: layer, Source: &source{l, y, d}, Host: o.host(),
@@ -164,14 +177,20 @@ func (l *Lazy) add(d digest.Digest, stored *cache.Layer, o origin, held bool) er
 		Reserve:   stored.Reserve,
 		Persist:   stored.Commit,
 		Completed: func() { l.completed(y) },
-		OnDemand: func(_, _ int, _ time.Duration, _ int64, err error) {
+		OnDemand: func(err error) {
 			if err == nil {
 				l.pulls.answered(d)
 			}
 		},
 	})
 	if err != nil {
-		return err
+		if errors.Is(err, accel.ErrInvalid) {
+			err = declined("layer %s: %v", d, err)
+		}
+		l.mu.Lock()
+		delete(l.open, d) // whoever asks next tries again
+		l.mu.Unlock()
+		return errors.Join(err, l.host.Remove(ctx, d, nil))
 	}
 	l.wantCheck(y)
 	return nil
@@ -289,10 +308,10 @@ func (l *Lazy) closeIdle(ctx context.Context, d digest.Digest) error {
 	return l.closeLayer(ctx, d)
 }
 
-// closeLayer ends filling first, then takes the layer from the holder. The caller holds its lock.
+// closeLayer takes a layer from the mounts and, when nobody can read it any more, from what fills it. The caller holds its
+// lock. After an error, which is lazyfs.ErrInUse where somebody reads it, all is as it was.
 func (l *Lazy) closeLayer(ctx context.Context, d digest.Digest) error {
-	l.filler.Remove(d)
-	if err := l.host.Remove(ctx, d); err != nil && !errors.Is(err, lazyfs.ErrUnknown) {
+	if err := l.host.Remove(ctx, d, func() { l.filler.Remove(d) }); err != nil {
 		return err
 	}
 	l.starts.closed(d)

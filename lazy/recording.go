@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime/debug"
 	"sync"
 	"time"
 
@@ -60,7 +59,7 @@ func (l *Lazy) record(ctx context.Context, r *recording) {
 		before[d] = l.counts(d)
 	}
 	var report profile.Report
-	err := guarded(func() error {
+	err := lazyfs.Guarded(func() error {
 		defer r.closeTables()
 		if err := l.watch(ctx, r); err != nil {
 			return err
@@ -121,20 +120,6 @@ func (l *Lazy) record(ctx context.Context, r *recording) {
 
 // errFailed: somebody said that the start failed.
 var errFailed = errors.New("the start failed")
-
-// guarded makes faults under mapped files (a disk error, a file cut short) errors.
-func guarded(do func() error) (err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if fault := recover(); fault != nil {
-			if _, is := fault.(interface{ Addr() uintptr }); !is {
-				panic(fault)
-			}
-			err = fmt.Errorf("%w: %v", lazyfs.ErrDamaged, fault)
-		}
-	}()
-	return do()
-}
 
 // watch hands the holder's notes to the recorder until it says that the start is over.
 func (l *Lazy) watch(ctx context.Context, r *recording) error {

@@ -2,6 +2,7 @@ package lazy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"accel"
+	"accel/lazyfs"
 	"accel/profile"
 	"accel/snapshot"
 
@@ -296,7 +298,8 @@ func (l *Lazy) unhold(ctx context.Context, d digest.Digest) {
 	if l.starts.holds(d) {
 		return
 	}
-	if err := l.host.Complete(ctx, d); err != nil && ctx.Err() == nil {
+	// Incomplete: not all is synced yet, and completed comes again.
+	if err := l.host.Complete(ctx, d); err != nil && !errors.Is(err, lazyfs.ErrIncomplete) && ctx.Err() == nil {
 		l.o.Log.Warn("a complete layer is served through the holder still", "layer", d, "error", err)
 	}
 }

@@ -10,15 +10,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Bounds of content.
+// Bounds of content, beside those of package accel.
 const (
-	// maxChunks bounds memory. A layer of 32 GiB has 8,192 chunks of the usual 4 MiB.
-	maxChunks = 8 << 20
-	// maxChunkBytes: a read that meets a hole waits for a whole chunk, and its digest is of all
-	// its bytes, which are in memory until then.
-	maxChunkBytes = 64 << 20
-	// maxMemberBytes bounds what has to be inflated to get at a chunk inside of a member.
-	maxMemberBytes = 256 << 20
+	// maxInnerBytes bounds what has to be inflated to get at a chunk inside of a member.
+	maxInnerBytes = 256 << 20
 	// gzipRatio is how much deflate can shrink at best: 258 bytes by two bits.
 	gzipRatio = 1032
 )
@@ -88,12 +83,12 @@ func (c *content) add(e *tocEntry) error {
 		return e.invalid("has a chunk of %d bytes at %d of %d, the last one ended at %d", e.chunkSize, e.chunkOffset, c.sizeBytes, c.doneBytes)
 	case e.offset < 0 || e.offset >= c.tocOffset || e.innerOffset < 0:
 		return e.invalid("is at %d (%d), outside of the %d bytes of content", e.offset, e.innerOffset, c.tocOffset)
-	case n > maxChunkBytes:
-		return e.unsupported("has a chunk of %d bytes, more than %d", n, maxChunkBytes)
-	case e.innerOffset > maxMemberBytes-n:
-		return e.unsupported("shares a gzip member of more than %d bytes", maxMemberBytes)
-	case len(c.chunks) == maxChunks:
-		return e.unsupported("is more than %d chunks", maxChunks)
+	case n > accel.MaxChunkBytes:
+		return e.unsupported("has a chunk of %d bytes, more than %d", n, accel.MaxChunkBytes)
+	case e.innerOffset > maxInnerBytes-n:
+		return e.unsupported("shares a gzip member of more than %d bytes", maxInnerBytes)
+	case len(c.chunks) == accel.MaxLayerChunks:
+		return e.unsupported("is more than %d chunks", accel.MaxLayerChunks)
 	}
 	if c.innerEnd > 0 && (e.offset < c.member || (e.offset == c.member && e.innerOffset < c.innerEnd)) {
 		return e.invalid("is at %d (%d), before the end of the chunk before it", e.offset, e.innerOffset)
@@ -126,6 +121,9 @@ func (c *content) add(e *tocEntry) error {
 func (c *content) endMember(next int64) error {
 	if c.innerEnd > (next-c.member)*gzipRatio {
 		return fmt.Errorf("%w: TOC: %d bytes of content in the %d bytes at %d, more than gzip can hold", accel.ErrInvalid, c.innerEnd, next-c.member, c.member)
+	}
+	if next-c.member > accel.MaxMemberBytes && c.memberFirst < len(c.chunks) {
+		return fmt.Errorf("%w: TOC: %d bytes of the blob at %d for one chunk, more than %d", ErrUnsupported, next-c.member, c.member, accel.MaxMemberBytes)
 	}
 	for i := range c.chunks[c.memberFirst:] {
 		c.chunks[c.memberFirst+i].BlobBytes = next - c.member

@@ -14,7 +14,7 @@ var (
 	ErrUnknown = errors.New("unknown layer")
 	// ErrInUse: the layer has mounts, or has them somewhere that we do not see.
 	ErrInUse = errors.New("layer in use")
-	// ErrIncomplete: the layer still has holes.
+	// ErrIncomplete: the layer still has holes, or chunks that are not synced.
 	ErrIncomplete = errors.New("layer incomplete")
 	// ErrClosed: the layer or the host was closed or removed.
 	ErrClosed = errors.New("closed")

@@ -9,6 +9,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -78,7 +79,7 @@ type fuseServer struct {
 	ended   bool                     // no read waits any more
 }
 
-// mountFuse mounts at dir and shakes hands with the kernel. Then serve.
+// mountFuse mounts at dir and shakes hands with the kernel. Set fill next, then start.
 func mountFuse(dir string, s *shelf, log *slog.Logger) (*fuseServer, error) {
 	dev, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -92,7 +93,6 @@ func mountFuse(dir string, s *shelf, log *slog.Logger) (*fuseServer, error) {
 	f := &fuseServer{dir: dir, dev: dev, shelf: s, log: log, waiting: map[uint64]chan struct{}{}}
 	if err = f.init(); err != nil {
 		f.abort()
-		closeFD(dev)
 		return nil, fmt.Errorf("FUSE handshake: %w", err)
 	}
 	return f, nil
@@ -165,11 +165,17 @@ func (f *fuseServer) finish() {
 	}
 	f.mu.Unlock()
 	f.serving.Wait()
-	if f.dev >= 0 {
+	if f.dev >= 0 { // else it was aborted before
 		closeFD(f.dev)
 		f.dev = -1
 	}
 	f.pipes.close()
+}
+
+func (f *fuseServer) hasEnded() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.ended
 }
 
 // receive gives unix.ENODEV when the mount is gone.
@@ -187,10 +193,13 @@ func (f *fuseServer) loop() {
 	for {
 		n, err := f.receive(b)
 		if err != nil {
-			if !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ECONNABORTED) {
-				f.log.Error("FUSE device", "error", err)
+			if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ECONNABORTED) || f.hasEnded() {
+				return
 			}
-			return
+			// Without readers, nothing would ever be answered again.
+			f.log.Error("FUSE device", "error", err)
+			time.Sleep(100 * time.Millisecond)
+			continue
 		}
 		if n < inHeaderBytes {
 			continue
@@ -221,7 +230,7 @@ func (f *fuseServer) handle(b []byte) {
 		// The name is valid for 0 s, asked for again each time: a layer may go.
 		le.PutUint64(out[24:], attrSeconds)
 		file.attr(out[40:])
-		f.answered(f.reply(unique, out[:]))
+		f.answered(unique, f.reply(unique, out[:]))
 	case opGetattr:
 		var out [16 + attrBytes]byte
 		le.PutUint64(out[0:], attrSeconds)
@@ -234,7 +243,7 @@ func (f *fuseServer) handle(b []byte) {
 			f.fail(unique, unix.ESTALE)
 			return
 		}
-		f.answered(f.reply(unique, out[:]))
+		f.answered(unique, f.reply(unique, out[:]))
 	case opOpen:
 		if !f.shelf.open(node) {
 			f.fail(unique, unix.ESTALE)
@@ -244,11 +253,12 @@ func (f *fuseServer) handle(b []byte) {
 		le.PutUint64(out[0:], node) // the handle
 		le.PutUint32(out[8:], openDirectIO)
 		if err := f.reply(unique, out[:]); err != nil {
-			f.shelf.release(node) // the opener is gone, RELEASE will not come
+			f.shelf.release(node) // the opener is gone, or will be told EIO: RELEASE will not come
+			f.answered(unique, err)
 		}
 	case opRelease:
 		f.shelf.release(node)
-		f.answered(f.reply(unique, nil))
+		f.answered(unique, f.reply(unique, nil))
 	case opRead:
 		if len(body) < 20 {
 			f.fail(unique, unix.EINVAL)
@@ -260,9 +270,9 @@ func (f *fuseServer) handle(b []byte) {
 		le.PutUint32(out[40:], BlockBytes)
 		le.PutUint32(out[44:], 255) // longest name
 		le.PutUint32(out[48:], BlockBytes)
-		f.answered(f.reply(unique, out[:]))
+		f.answered(unique, f.reply(unique, out[:]))
 	case opDestroy:
-		f.answered(f.reply(unique, nil))
+		f.answered(unique, f.reply(unique, nil))
 	default:
 		f.fail(unique, unix.ENOSYS)
 	}
@@ -286,7 +296,7 @@ func (f *fuseServer) fail(unique uint64, no unix.Errno) {
 	var h [outHeaderBytes]byte
 	putOutHeader(h[:], unique, 0, no)
 	_, err := unix.Write(f.dev, h[:])
-	f.answered(err)
+	f.answered(unique, err)
 }
 
 func putOutHeader(h []byte, unique uint64, bodyBytes int, no unix.Errno) {
@@ -297,9 +307,16 @@ func putOutHeader(h []byte, unique uint64, bodyBytes int, no unix.Errno) {
 }
 
 // answered takes what writing an answer gave. The kernel gives ENOENT where nobody
-// waits any more, ENODEV after unmounting.
-func (f *fuseServer) answered(err error) {
-	if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) {
-		f.log.Error("FUSE answer", "error", err)
+// waits any more, ENODEV after unmounting. After any other error whoever asked may be waiting
+// still, for ever: EIO takes no memory but its own 16 bytes.
+func (f *fuseServer) answered(unique uint64, err error) {
+	if err == nil || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) {
+		return
+	}
+	f.log.Error("FUSE answer", "error", err)
+	var h [outHeaderBytes]byte
+	putOutHeader(h[:], unique, 0, unix.EIO)
+	if _, err = unix.Write(f.dev, h[:]); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) {
+		f.log.Error("FUSE answer, EIO instead", "error", err)
 	}
 }

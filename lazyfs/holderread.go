@@ -89,7 +89,7 @@ func (f *fuseServer) answer(unique uint64, file *held, offset int64, size int, e
 }
 
 // splice moves the bytes from the data file's page cache to the kernel's reader
-// without passing through our memory. An error is one before anything was answered.
+// without passing through our memory. An error is one before an answer was tried.
 func (f *fuseServer) splice(unique uint64, file *held, offset int64, size int) error {
 	p, err := f.pipes.get()
 	if err != nil {
@@ -113,10 +113,13 @@ func (f *fuseServer) splice(unique uint64, file *held, offset int64, size int) e
 		}
 		done += int(n)
 	}
-	_, err = unix.Splice(p.r, nil, f.dev, nil, outHeaderBytes+size, 0)
+	n, err := unix.Splice(p.r, nil, f.dev, nil, outHeaderBytes+size, 0)
+	if err == nil && int(n) != outHeaderBytes+size {
+		err = io.ErrShortWrite
+	}
 	if err != nil {
-		p.close()
-		f.answered(err)
+		p.close() // what is left in it belongs to no other answer
+		f.answered(unique, err)
 		return nil
 	}
 	f.pipes.put(p)
@@ -135,7 +138,7 @@ func (f *fuseServer) copy(unique uint64, file *held, offset int64, size int) err
 		}
 		return err
 	}
-	f.answered(f.reply(unique, (*b)[:size]))
+	f.answered(unique, f.reply(unique, (*b)[:size]))
 	return nil
 }
 

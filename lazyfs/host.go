@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"accel/internal/keylock"
@@ -55,7 +56,7 @@ type Host struct {
 	layers   map[digest.Digest]*Layer
 	holders  map[string]*holderLink // the living, by name
 	children map[int]bool           // the holders that we started, by process ID
-	running  *run                   // nil before Run and after
+	running  *run                   // nil before Run
 	adopted  chan struct{}          // closed when Run has found what a former daemon left
 	closed   bool
 }
@@ -130,9 +131,11 @@ func (h *Host) Layer(d digest.Digest) (*Layer, bool) {
 	return l, ok
 }
 
-// Remove forgets a layer; its files are the caller's to delete. Errors: ErrInUse while it is mounted,
-// or something still has a mount open that was taken away (found out after 5 s, or when ctx ends).
-func (h *Host) Remove(ctx context.Context, d digest.Digest) error {
+// Remove forgets a layer; its files are the caller's to delete. unread, which may be nil, is called when nobody can
+// read it any more, before it is closed: what fills it ends there, and not earlier, for a container's mount is not always one
+// that we see. Errors: ErrInUse while it is mounted, or something still has a mount open that was taken away (found out
+// after 5 s, or when ctx ends), or a holder lives and does not answer.
+func (h *Host) Remove(ctx context.Context, d digest.Digest, unread func()) error {
 	unlock, err := h.byDigest.Lock(ctx, string(d))
 	if err != nil {
 		return err
@@ -140,6 +143,9 @@ func (h *Host) Remove(ctx context.Context, d digest.Digest) error {
 	defer unlock()
 	l, ok := h.Layer(d)
 	if !ok {
+		if unread != nil {
+			unread()
+		}
 		return nil
 	}
 	mounts, _, err := mountsOf(ctx, h.o.Dir)
@@ -151,11 +157,24 @@ func (h *Host) Remove(ctx context.Context, d digest.Digest) error {
 			return fmt.Errorf("%w: %s is mounted at %s", ErrInUse, d, m.Target)
 		}
 	}
-	for _, link := range h.links() {
+	links := h.links()
+	names, err := h.holderNames()
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if !slices.ContainsFunc(links, func(l *holderLink) bool { return l.name == name }) && !h.dead(name) {
+			return fmt.Errorf("%w: %s may be open in holder %s, which does not answer", ErrInUse, d, name)
+		}
+	}
+	for _, link := range links {
 		if err = link.remove(ctx, d); err != nil {
 			return err
 		}
 		h.unlink(filepath.Join(h.o.Dir, sourcesDir, link.name, fileName(d)))
+	}
+	if unread != nil {
+		unread()
 	}
 	h.unlink(filepath.Join(h.o.Dir, sourcesDir, plainSource, fileName(d)))
 	h.unlink(l.bits)
@@ -165,7 +184,10 @@ func (h *Host) Remove(ctx context.Context, d digest.Digest) error {
 	h.mu.Lock()
 	delete(h.layers, d)
 	h.mu.Unlock()
-	return l.close()
+	if err := l.close(); err != nil { // it is removed all the same
+		h.o.Log.Warn("close", "layer", d, "error", err)
+	}
+	return nil
 }
 
 // unlink is for what the next start clears away too.
@@ -191,13 +213,5 @@ func (h *Host) Close() error {
 // Mounts are all our mounts of this moment, of former daemons too.
 func (h *Host) Mounts() ([]MountInfo, error) {
 	mounts, _, err := mountsOf(context.Background(), h.o.Dir)
-	if err != nil {
-		return nil, err
-	}
-	for i := range mounts {
-		if m := &mounts[i]; m.Lazy {
-			m.HolderPID, m.Dead = holderPID(m.holder), !h.alive(m.holder)
-		}
-	}
-	return mounts, nil
+	return mounts, err
 }

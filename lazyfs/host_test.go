@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 )
 
@@ -26,10 +27,10 @@ func TestMountLazily(t *testing.T) {
 	if !l.Complete() {
 		t.Errorf("%d of %d chunks missing after all was read", l.Left(), l.Len())
 	}
-	if m := b.mountsNow(); len(m) != 1 || !m[0].Lazy || m[0].Dead || m[0].Digest != im.digest || m[0].Target != target || m[0].HolderPID == 0 {
+	if m := b.mountsNow(); len(m) != 1 || !m[0].Lazy || b.deadOf(m) != 0 || m[0].Digest != im.digest || m[0].Target != target {
 		t.Errorf("%+v", m)
 	}
-	if err := b.Remove(t.Context(), im.digest); !errors.Is(err, ErrInUse) {
+	if err := b.Remove(t.Context(), im.digest, nil); !errors.Is(err, ErrInUse) {
 		t.Error("removed while it is mounted:", err)
 	}
 	if err := b.Mount(t.Context(), im.digest, target); err != nil {
@@ -43,7 +44,7 @@ func TestMountLazily(t *testing.T) {
 	if m := b.mountsNow(); len(m) != 0 {
 		t.Errorf("left: %+v", m)
 	}
-	if err := b.Remove(t.Context(), im.digest); err != nil {
+	if err := b.Remove(t.Context(), im.digest, nil); err != nil {
 		t.Fatal(err)
 	}
 	if left, err := filepath.Glob(filepath.Join(b.dir, "*", "*"+im.digest.Encoded()+"*")); err != nil || len(left) > 0 {
@@ -55,8 +56,71 @@ func TestMountLazily(t *testing.T) {
 	if err := b.Mount(t.Context(), im.digest, target); !errors.Is(err, ErrUnknown) {
 		t.Error("mounted what was removed:", err)
 	}
-	if h := b.Holders(); len(h) != 1 || h[0].Open != 0 || h[0].Layers != 0 || !h[0].Current {
-		t.Errorf("%+v", h)
+	if l := b.links(); len(l) != 1 || len(l[0].layers()) != 0 || l[0].version != b.options.Version {
+		t.Errorf("%d holders, the first of %s with %v", len(l), l[0].version, l[0].layers())
+	}
+}
+
+// What fills a layer works as long as somebody may read it, and no longer.
+func TestRemoveWhatIsStillOpen(t *testing.T) {
+	im := newSample(4, 20, 1000)
+	b := newBed(t, nil).start(im)
+	target := b.mount(im, "a")
+	open, err := os.Open(target) // as a container's mount, which we do not see
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.unmount(target)
+	ended := false
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := b.Remove(ctx, im.digest, func() { ended = true }); err == nil || ended {
+		t.Errorf("removed while it is open: %v; filling has ended: %v", err, ended)
+	}
+	if err := im.sameFile(fmt.Sprintf("/proc/self/fd/%d", open.Fd()), im.names[5]); err != nil {
+		t.Error("afterwards:", err)
+	}
+	open.Close()
+	l, _ := b.Layer(im.digest)
+	if err := b.Remove(t.Context(), im.digest, func() { ended = l.Put(1, im.chunks[1]) == nil && l.Sync() == nil }); err != nil || !ended {
+		t.Errorf("removed: %v; with content that still works: %v", err, ended)
+	}
+	ended = false
+	if err := b.Remove(t.Context(), im.digest, func() { ended = true }); err != nil || !ended {
+		t.Errorf("removed again: %v; told: %v", err, ended)
+	}
+}
+
+// A holder that cannot be asked may have it open.
+func TestRemoveBesideASilentHolder(t *testing.T) {
+	im := newSample(5, 2, 1000)
+	b := newBed(t, nil).start(im)
+	<-b.adopted
+	dir := filepath.Join(b.dir, "v0@1-1")
+	lock, err := makeHolderDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Remove(t.Context(), im.digest, nil); !errors.Is(err, ErrInUse) {
+		t.Error(err)
+	}
+	lock.Close()
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Remove(t.Context(), im.digest, nil); err != nil {
+		t.Error(err)
+	}
+}
+
+// What a holder notes is newer than its greeting, in whatever order the two come.
+func TestNotesBeforeTheGreeting(t *testing.T) {
+	noted, other := digest.FromString("noted"), digest.FromString("other")
+	l := &holderLink{open: map[digest.Digest]int{}}
+	l.opened(noted, 2)
+	l.greeted([]heldLayer{{Digest: noted, Opens: 1}, {Digest: other, Opens: 3}})
+	if got := l.layers(); got[noted] != 2 || got[other] != 3 {
+		t.Error(got)
 	}
 }
 
@@ -92,6 +156,8 @@ func TestMountsThroughLoopDevices(t *testing.T) {
 	if b.loops() != 2 {
 		t.Errorf("%d loop devices", b.loops())
 	}
+	l, _ := b.Layer(im.digest)
+	fillAll(t, l, im)
 	if err := b.Complete(t.Context(), im.digest); err != nil {
 		t.Fatal(err)
 	}
@@ -103,7 +169,7 @@ func TestMountsThroughLoopDevices(t *testing.T) {
 	}
 	b.unmount(target)
 	until(t, "loop devices detached", func() bool { return b.loops() == 0 })
-	if err := b.Remove(t.Context(), im.digest); err != nil {
+	if err := b.Remove(t.Context(), im.digest, nil); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -243,7 +309,7 @@ func TestManyAtOnce(t *testing.T) {
 		t.Errorf("left: %+v", m)
 	}
 	for _, im := range images {
-		if err := b.Remove(t.Context(), im.digest); err != nil {
+		if err := b.Remove(t.Context(), im.digest, nil); err != nil {
 			t.Error(err)
 		}
 	}

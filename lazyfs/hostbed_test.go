@@ -188,11 +188,12 @@ func (m *memory) Fill(ctx context.Context, l *Layer, first, n int) error {
 			return err
 		}
 	}
-	for i, run := range l.Missing(first, n) {
-		for j := range run {
-			if err := l.Put(i+j, im.chunks[i+j]); err != nil {
-				return err
-			}
+	for i := first; i < first+n; i++ {
+		if l.Has(i) {
+			continue
+		}
+		if err := l.Put(i, im.chunks[i]); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -204,7 +205,16 @@ func (m *memory) fault(before func(ctx context.Context, l *Layer, first, n int) 
 	m.before = before
 }
 
+// fillAll puts all chunks and syncs them.
 func fillAll(t testing.TB, l *Layer, im *sample) {
+	t.Helper()
+	putAll(t, l, im)
+	if err := l.Sync(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func putAll(t testing.TB, l *Layer, im *sample) {
 	t.Helper()
 	for i, c := range im.chunks {
 		if err := l.Put(i, c); err != nil {
@@ -318,6 +328,26 @@ func (b *bed) mountsNow() []MountInfo {
 		b.t.Fatal(err)
 	}
 	return m
+}
+
+// deadOf counts the mounts whose holder is dead.
+func (b *bed) deadOf(mounts []MountInfo) (n int) {
+	for _, m := range mounts {
+		if m.Lazy && !b.alive(m.holder) {
+			n++
+		}
+	}
+	return n
+}
+
+// opens counts the files that are open in the holders.
+func (h *Host) opens() (n int) {
+	for _, l := range h.links() {
+		for _, opens := range l.layers() {
+			n += opens
+		}
+	}
+	return n
 }
 
 // holderPIDs are the living holders of this bed, those that are just starting too.

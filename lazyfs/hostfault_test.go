@@ -1,8 +1,10 @@
 package lazyfs
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -131,7 +133,7 @@ func TestHolderDies(t *testing.T) {
 	if died := <-b.died; len(died) != 1 || died[0] != im.digest {
 		t.Error("told of", died)
 	}
-	if m := b.mountsNow(); len(m) != 2 || !m[0].Dead && !m[1].Dead || m[0].Dead && m[1].Dead {
+	if m := b.mountsNow(); len(m) != 2 || b.deadOf(m) != 1 {
 		t.Errorf("%+v", m)
 	}
 	if err := im.sameFile(target, im.names[1]); err == nil {
@@ -146,7 +148,7 @@ func TestHolderDies(t *testing.T) {
 	if err := im.same(b.mount(im, "a")); err != nil {
 		t.Error("in the same place:", err)
 	}
-	if m := b.mountsNow(); len(m) != 3 || m[0].Dead || m[1].Dead || m[2].Dead {
+	if m := b.mountsNow(); len(m) != 3 || b.deadOf(m) != 0 {
 		t.Errorf("%+v", m)
 	}
 	if left, err := filepath.Glob(filepath.Join(b.dir, "v1@*")); err != nil || len(left) != 1 {
@@ -176,7 +178,7 @@ func TestHolderDiedMeanwhile(t *testing.T) {
 	if err := im.same(b.mount(im, "a")); err != nil {
 		t.Error("mounted again:", err)
 	}
-	if m := b.mountsNow(); len(m) != 1 || m[0].Dead {
+	if m := b.mountsNow(); len(m) != 1 || b.deadOf(m) != 0 {
 		t.Errorf("%+v", m)
 	}
 }
@@ -281,6 +283,133 @@ func TestDamagedFiles(t *testing.T) {
 	}
 }
 
+// An answer that the device does not take is EIO for whoever waits for it, not silence.
+func TestAnswerThatIsNotTaken(t *testing.T) {
+	im := sampleOf(32, map[string][]byte{"file": bytesOf(32, 200<<10)})
+	l := openSample(t, im, nil)
+	fillAll(t, l, im)
+	data, err := os.Open(l.files.Data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer data.Close()
+	// Datagrams of more than some KiB do not fit into the socket, whether they are spliced or written.
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeFD(pair[0])
+	defer closeFD(pair[1])
+	if err := unix.SetsockoptInt(pair[0], unix.SOL_SOCKET, unix.SO_SNDBUF, 4096); err != nil {
+		t.Fatal(err)
+	}
+	f := &fuseServer{dev: pair[0], log: slog.New(slog.DiscardHandler)}
+	defer f.pipes.close()
+	file := &held{data: data}
+	for unique, answer := range map[uint64]func(unique uint64) error{
+		7: func(unique uint64) error { return f.splice(unique, file, 0, 100<<10) },
+		8: func(unique uint64) error { return f.copy(unique, file, 0, 100<<10) },
+	} {
+		if err := answer(unique); err != nil {
+			t.Error(err)
+		}
+		got, want := make([]byte, 200<<10), make([]byte, outHeaderBytes)
+		putOutHeader(want, unique, 0, unix.EIO)
+		for { // what of the splice went into a datagram of its own
+			n, _, err := unix.Recvfrom(pair[1], got, unix.MSG_DONTWAIT)
+			if err != nil {
+				t.Fatalf("request %d is not answered: %v", unique, err)
+			}
+			if bytes.Equal(got[:n], want) {
+				break
+			}
+		}
+	}
+}
+
+// A holder that ends just when it is asked to serve a layer is no reason not to mount it.
+func TestMountWhileTheHolderEnds(t *testing.T) {
+	im := newSample(33, 5, 1000)
+	b := newBed(t, nil)
+	dir := filepath.Join(b.dir, "v1@1-1")
+	lock, err := makeHolderDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	l, err := listenAt(filepath.Join(dir, holderSocket))
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked := make(chan string, 10)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		conn, err := l.Accept()
+		l.Close()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		p := newPeer(conn)
+		_ = p.serve(context.Background(), func(_ context.Context, m message) (message, bool) {
+			asked <- m.Kind
+			if m.Kind != askAdd {
+				return message{Version: "v1"}, true
+			}
+			if err := p.send(message{Kind: answer, ID: m.ID}); err != nil { // it has unmounted, and is about to end
+				t.Error(err)
+			}
+			p.close()
+			return message{}, false
+		})
+	}()
+	b.start(im)
+	if err := im.same(b.mount(im, "a")); err != nil {
+		t.Error(err)
+	}
+	<-served
+	if first, second := <-asked, <-asked; first != askHello || second != askAdd {
+		t.Error("asked", first, second)
+	}
+}
+
+// A holder is dead when its lock is free or gone, and not when nobody can tell.
+func TestDead(t *testing.T) {
+	b := newBed(t, nil)
+	h, err := NewHost(b.options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	lock := filepath.Join(b.dir, "v1@1-1", holderLock)
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !h.dead("v1@1-1") {
+		t.Error("one without a directory lives")
+	}
+	must(os.MkdirAll(filepath.Dir(lock), 0o700))
+	must(os.Symlink(lock, lock)) // cannot be opened
+	if h.dead("v1@1-1") {
+		t.Error("one whose lock cannot be looked at is dead")
+	}
+	must(os.Remove(lock))
+	f, err := os.Create(lock)
+	must(err)
+	must(unix.Flock(int(f.Fd()), unix.LOCK_EX))
+	if h.dead("v1@1-1") {
+		t.Error("one that holds its lock is dead")
+	}
+	must(f.Close())
+	if !h.dead("v1@1-1") {
+		t.Error("one that let go of its lock lives")
+	}
+}
+
 // A layer whose data file is another one now must not be taken for filled.
 func TestBitmapOfAnotherFile(t *testing.T) {
 	im := newSample(31, 20, 1000)
@@ -367,7 +496,7 @@ func TestManyLayers(t *testing.T) {
 		b.unmount(target)
 	}
 	for _, im := range images {
-		if err := b.Remove(t.Context(), im.digest); err != nil {
+		if err := b.Remove(t.Context(), im.digest, nil); err != nil {
 			t.Error(err)
 		}
 	}

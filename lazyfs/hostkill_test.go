@@ -175,12 +175,12 @@ func daemonKilled(t *testing.T, rounds int) {
 			t.Errorf("%s is still lazy", m.Target)
 		}
 	}
-	until(t, "the holder has nothing open", func() bool { hs := h.Holders(); return len(hs) == 1 && hs[0].Open == 0 })
+	until(t, "the holder has nothing open", func() bool { return h.opens() == 0 })
 	for round, im := range samples {
 		if err := h.Unmount(ctx, killTarget(b.dir, round)); err != nil {
 			t.Error(err)
 		}
-		if err := h.Remove(ctx, im.digest); err != nil {
+		if err := h.Remove(ctx, im.digest, nil); err != nil {
 			t.Error(err)
 		}
 	}

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -23,21 +25,11 @@ const (
 	releaseLimit = 5 * time.Second
 )
 
-// HolderInfo is a living holder.
-type HolderInfo struct {
-	Version string
-	PID     int
-	Current bool // it serves new mounts
-	Layers  int
-	Open    int // files open in it: its mounts, wherever they are
-}
-
 // holderLink is the daemon's end of the connection to a holder.
 type holderLink struct {
 	name    string
 	dir     string
 	version string
-	pid     int
 	peer    *peer
 
 	mu   sync.Mutex
@@ -78,7 +70,6 @@ func (h *Host) connect(r *run, name string) (*holderLink, error) {
 	}
 	link = &holderLink{name: name, dir: dir, peer: newPeer(conn), open: map[digest.Digest]int{}}
 	link.version, _, _ = strings.Cut(name, "@")
-	link.pid = holderPID(name)
 	greeted := make(chan bool, 1)
 	r.working.Go(func() {
 		err := link.peer.serve(r.ctx, func(ctx context.Context, m message) (message, bool) {
@@ -102,9 +93,7 @@ func (h *Host) connect(r *run, name string) (*holderLink, error) {
 		link.peer.close()
 		return nil, fmt.Errorf("greet holder %s: %w", name, err)
 	}
-	for _, l := range hello.Layers {
-		link.opened(l.Digest, l.Opens)
-	}
+	link.greeted(hello.Layers)
 	h.mu.Lock()
 	h.holders[name] = link
 	h.mu.Unlock()
@@ -116,6 +105,17 @@ func (l *holderLink) opened(d digest.Digest, n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.open[d] = n
+}
+
+// greeted takes what the holder said at first. What it noted since is newer, and may have come before.
+func (l *holderLink) greeted(layers []heldLayer) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, layer := range layers {
+		if _, noted := l.open[layer.Digest]; !noted {
+			l.open[layer.Digest] = layer.Opens
+		}
+	}
 }
 
 func (l *holderLink) layers() map[digest.Digest]int {
@@ -134,8 +134,10 @@ func (l *holderLink) add(ctx context.Context, layer *Layer) error {
 	return nil
 }
 
-// remove has the holder forget the layer. One that has gone has.
+// remove has the holder forget the layer. One that has gone has; one that was stopped is not waited for without end.
 func (l *holderLink) remove(ctx context.Context, d digest.Digest) error {
+	ctx, cancel := context.WithTimeout(ctx, releaseLimit+startLimit)
+	defer cancel()
 	patience := time.Now().Add(releaseLimit)
 	for {
 		_, err := l.peer.ask(ctx, message{Kind: askRemove, Digest: d})
@@ -158,6 +160,23 @@ func (l *holderLink) remove(ctx context.Context, d digest.Digest) error {
 	}
 }
 
+// leaves reports whether a holder, which was just told of a layer and does not show it, has unmounted and ends; it waits
+// for that.
+func (l *holderLink) leaves(ctx context.Context, d digest.Digest) bool {
+	if _, err := os.Stat(filepath.Join(l.dir, holderFuse, fileName(d))); !errors.Is(err, fs.ErrNotExist) {
+		return false
+	}
+	limit := time.NewTimer(releaseLimit)
+	defer limit.Stop()
+	select {
+	case <-l.peer.gone:
+		return true
+	case <-limit.C:
+	case <-ctx.Done():
+	}
+	return false
+}
+
 func (h *Host) links() []*holderLink {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -168,23 +187,8 @@ func (h *Host) links() []*holderLink {
 	return links
 }
 
-// Holders are the living holders.
-func (h *Host) Holders() []HolderInfo {
-	links := h.links()
-	infos := make([]HolderInfo, 0, len(links))
-	for _, l := range links {
-		info := HolderInfo{Version: l.version, PID: l.pid, Current: l.version == h.o.Version}
-		for _, opens := range l.layers() {
-			info.Layers++
-			info.Open += opens
-		}
-		infos = append(infos, info)
-	}
-	return infos
-}
-
-// Retire has the holders of other versions end with their last mounts. Call it after Run has
-// adopted them, as a Mount shows.
+// Retire has the holders of other versions end with their last mounts. It waits until Run has adopted
+// them.
 func (h *Host) Retire(ctx context.Context) error {
 	select {
 	case <-h.adopted:

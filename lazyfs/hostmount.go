@@ -19,7 +19,7 @@ import (
 // fault waits for all chunks that the range touches, and with more it would often be two.
 const readAheadBytes = 256 << 10
 
-// Mount mounts a layer at target: from the data file where it is complete, else through a
+// Mount mounts a layer at target: from the data file where that is complete and durable, else through a
 // holder. It waits until Run has adopted what a former daemon left. Mounting what is there
 // already is nothing; where that is dead (see Options.HolderDied) it is replaced. Errors:
 // ErrUnknown, ErrInUse where something else is mounted at target, ErrUnsupported, ctx's cause, what the kernel gave.
@@ -58,7 +58,7 @@ func (h *Host) mount(ctx context.Context, d digest.Digest, target string, watche
 		}
 		put = func(fd int) error { return replace(fd, target) }
 	}
-	lazy := watched || !l.Complete()
+	lazy := watched || !l.durable()
 	fd, err := h.make(ctx, l, lazy)
 	if err != nil {
 		return err
@@ -74,7 +74,7 @@ func (h *Host) make(ctx context.Context, l *Layer, lazy bool) (int, error) {
 	if !lazy {
 		return h.makePlain(l)
 	}
-	const tries = 3 // a holder may die at any moment
+	const tries = 3 // a holder may die or end at any moment
 	for try := 1; ; try++ {
 		link, err := h.holder(ctx)
 		if err != nil {
@@ -90,7 +90,7 @@ func (h *Host) make(ctx context.Context, l *Layer, lazy bool) (int, error) {
 				return fd, nil
 			}
 		}
-		if try == tries || h.alive(link.name) || ctx.Err() != nil {
+		if try == tries || h.alive(link.name) && !errors.Is(err, errGone) && !link.leaves(ctx, l.digest) || ctx.Err() != nil {
 			return -1, fmt.Errorf("mount layer %s: %w", l.digest, err)
 		}
 	}
@@ -198,7 +198,7 @@ func (h *Host) locked(ctx context.Context, d digest.Digest) (l *Layer, unlock fu
 }
 
 // Complete puts plain mounts in the places of the lazy mounts of a layer of which all is
-// there: who opens it from now on needs no holder, who has it open keeps the old one.
+// there, and synced: who opens it from now on needs no holder, who has it open keeps the old one.
 // Errors: ErrUnknown, ErrIncomplete, what the kernel gave; then some of the places may be done.
 func (h *Host) Complete(ctx context.Context, d digest.Digest) error {
 	l, unlock, err := h.locked(ctx, d)
@@ -206,7 +206,7 @@ func (h *Host) Complete(ctx context.Context, d digest.Digest) error {
 		return err
 	}
 	defer unlock()
-	if !l.Complete() {
+	if !l.durable() {
 		return fmt.Errorf("%w: %s", ErrIncomplete, d)
 	}
 	mounts, _, err := mountsOf(ctx, h.o.Dir)

@@ -75,7 +75,7 @@ func TestAdopt(t *testing.T) {
 	if now := b.holderPIDs(); len(now) != 1 || now[0] != pids[0] {
 		t.Errorf("holders %v, before %v", now, pids)
 	}
-	if m := b.mountsNow(); len(m) != 3 || m[0].Dead || m[1].Dead || m[2].Dead {
+	if m := b.mountsNow(); len(m) != 3 || b.deadOf(m) != 0 {
 		t.Errorf("%+v", m)
 	}
 	if err := unknown.sameFile(lost, unknown.names[0]); !errors.Is(err, unix.EIO) {
@@ -87,6 +87,8 @@ func TestAdopt(t *testing.T) {
 	if _, err := os.Stat(stale); err == nil {
 		t.Error("a bitmap that is nobody's is still there")
 	}
+	again, _ := b.Layer(im.digest)
+	fillAll(t, again, im)
 	if err := b.Complete(t.Context(), im.digest); err != nil {
 		t.Error(err)
 	}
@@ -94,7 +96,7 @@ func TestAdopt(t *testing.T) {
 		b.unmount(target)
 	}
 	for _, d := range []digest.Digest{im.digest, plain.digest} {
-		if err := b.Remove(t.Context(), d); err != nil {
+		if err := b.Remove(t.Context(), d, nil); err != nil {
 			t.Error(err)
 		}
 	}
@@ -114,8 +116,8 @@ func TestRetire(t *testing.T) {
 	if err := b.Retire(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if h := b.Holders(); len(h) != 2 {
-		t.Errorf("%+v", h)
+	if n := len(b.links()); n != 2 {
+		t.Errorf("%d holders", n)
 	}
 	if err := im.same(target); err != nil {
 		t.Error("through the old holder:", err)
@@ -125,7 +127,7 @@ func TestRetire(t *testing.T) {
 	}
 	b.unmount(target)
 	until(t, "the old holder ends", func() bool { return !alivePID(old) })
-	until(t, "it is forgotten", func() bool { return len(b.Holders()) == 1 })
+	until(t, "it is forgotten", func() bool { return len(b.links()) == 1 })
 	select {
 	case d := <-b.died:
 		t.Error("told of dead mounts:", d)

@@ -85,7 +85,7 @@ func TestReads(t *testing.T) {
 	if err := b.Unmount(t.Context(), target); err != nil {
 		t.Fatal(err)
 	}
-	if err := b.Remove(t.Context(), im.digest); err != nil {
+	if err := b.Remove(t.Context(), im.digest, nil); err != nil {
 		t.Fatal(err)
 	}
 	if left, err := os.ReadDir(filepath.Join(b.dir, bitsDir)); err != nil || len(left) > 0 {

@@ -155,11 +155,12 @@ func (h *Host) holderNames() ([]string, error) {
 	return slices.DeleteFunc(names, func(name string) bool { return !strings.Contains(name, "@") }), err
 }
 
-// dead reports whether no process holds that holder's lock.
+// dead reports whether no process holds that holder's lock. What cannot be found out, as without descriptors, is no death:
+// the mounts of a holder that is buried alive are lost.
 func (h *Host) dead(name string) bool {
 	f, err := os.Open(filepath.Join(h.o.Dir, name, holderLock))
 	if err != nil {
-		return true
+		return errors.Is(err, fs.ErrNotExist)
 	}
 	defer f.Close()
 	err = unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)

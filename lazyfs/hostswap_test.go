@@ -29,6 +29,10 @@ func TestCompleteSwapsTheMount(t *testing.T) {
 			defer old.Close()
 			container := overlay(t, b, target, "old")
 			l, _ := b.Layer(im.digest)
+			putAll(t, l, im)
+			if err := b.Complete(t.Context(), im.digest); !errors.Is(err, ErrIncomplete) {
+				t.Error("what may be taken back:", err)
+			}
 			fillAll(t, l, im)
 			if err := b.Complete(t.Context(), im.digest); err != nil {
 				t.Fatal(err)
@@ -51,16 +55,16 @@ func TestCompleteSwapsTheMount(t *testing.T) {
 			if err := im.same(overlay(t, b, target, "new")); err != nil {
 				t.Error("new container:", err)
 			}
-			if h := b.Holders(); len(h) != 1 || h[0].Open != 1 {
-				t.Errorf("the running container holds %+v", h)
+			if n := b.opens(); n != 1 {
+				t.Errorf("%d files are open in the holder", n)
 			}
 			b.unmount(target)
-			if err := b.Remove(t.Context(), im.digest); !errors.Is(err, ErrInUse) {
+			if err := b.Remove(t.Context(), im.digest, nil); !errors.Is(err, ErrInUse) {
 				t.Error("removed under a running container:", err)
 			}
 			old.Close()
 			unmountOverlay(t, container)
-			until(t, "the holder has nothing open", func() bool { h := b.Holders(); return len(h) == 1 && h[0].Open == 0 })
+			until(t, "the holder has nothing open", func() bool { return b.opens() == 0 })
 		})
 	}
 }
@@ -140,7 +144,7 @@ func TestStackedMounts(t *testing.T) {
 			if m := b.mountsNow(); len(m) != 0 {
 				t.Errorf("left: %+v", m)
 			}
-			if err := b.Remove(t.Context(), im.digest); err != nil {
+			if err := b.Remove(t.Context(), im.digest, nil); err != nil {
 				t.Error(err)
 			}
 		})

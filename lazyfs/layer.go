@@ -4,9 +4,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"iter"
 	"os"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 
@@ -34,10 +32,14 @@ type Layer struct {
 
 	left atomic.Int64 // chunks that are missing
 
+	// putting is held to read from a chunk's write to its note in unsynced, to write while chunks are taken back.
+	putting sync.RWMutex
+	syncing sync.Mutex // one Sync at a time: the kernel tells of a failure once
 	// unsynced are the chunks that were put since the last good Sync, or that the
 	// store's index did not know: what they say is in the page cache only.
 	unsyncedMu sync.Mutex
 	unsynced   []int32
+	unsure     atomic.Int64 // how many of these there are, with those that a Sync has taken and not made durable yet
 }
 
 // openLayer joins what the bitmap at bits says with has.
@@ -74,6 +76,7 @@ func openLayer(d digest.Digest, f Files, bits string, has func(chunk int) bool) 
 			l.left.Add(1)
 		}
 	}
+	l.unsure.Store(int64(len(l.unsynced)))
 	return l, nil
 }
 
@@ -137,13 +140,14 @@ func (l *Layer) at(i int) (c accel.Chunk, err error) {
 	if err = l.check(i); err != nil {
 		return c, err
 	}
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if fault := recover(); fault != nil {
-			err = fmt.Errorf("%w: table of %s: %v", ErrDamaged, l.digest, fault)
-		}
-	}()
-	return l.table.At(i), nil
+	err = Guarded(func() error {
+		c = l.table.At(i)
+		return nil
+	})
+	if err != nil {
+		err = fmt.Errorf("table of %s: %w", l.digest, err)
+	}
+	return c, err
 }
 
 // Has reports whether chunk i is there.
@@ -160,32 +164,15 @@ func (l *Layer) hasAll(first, n int) bool {
 	return !l.closed && l.bitmap.missing(first, first+n) == first+n
 }
 
-// Missing is the runs (first chunk, how many) among chunks [first, first+n) that are not there.
-func (l *Layer) Missing(first, n int) iter.Seq2[int, int] {
-	return func(yield func(int, int) bool) {
-		end := min(first+n, l.Len())
-		for i := max(first, 0); i < end; {
-			if l.Has(i) {
-				i++
-				continue
-			}
-			run := i + 1
-			for run < end && !l.Has(run) {
-				run++
-			}
-			if !yield(i, run-i) {
-				return
-			}
-			i = run
-		}
-	}
-}
-
 // Left is how many chunks are missing.
 func (l *Layer) Left() int { return int(l.left.Load()) }
 
 // Complete reports whether every chunk is there.
 func (l *Layer) Complete() bool { return l.Left() == 0 }
+
+// durable reports whether every chunk is there for good. Before that a chunk may be taken back, which who reads the data file
+// itself would not hear of.
+func (l *Layer) durable() bool { return l.Complete() && l.unsure.Load() == 0 }
 
 // check has l.mu held.
 func (l *Layer) check(i int) error {
@@ -214,13 +201,15 @@ func (l *Layer) Put(i int, b []byte) error {
 	if l.bitmap.has(i) {
 		return nil
 	}
+	l.putting.RLock()
+	defer l.putting.RUnlock()
 	if _, err := l.data.WriteAt(b, c.DataOffset); err != nil {
 		return err
 	}
-	// Noted first, or a failing Sync could leave it out.
 	l.unsyncedMu.Lock()
 	l.unsynced = append(l.unsynced, int32(i))
 	l.unsyncedMu.Unlock()
+	l.unsure.Add(1) // before the chunk counts as there
 	if l.bitmap.set(i) {
 		l.left.Add(-1)
 	}
@@ -253,18 +242,31 @@ func (l *Layer) Sync() error {
 	if l.closed {
 		return ErrClosed
 	}
-	l.unsyncedMu.Lock()
-	doubtful := l.unsynced
-	l.unsynced = nil
-	l.unsyncedMu.Unlock()
+	l.syncing.Lock()
+	defer l.syncing.Unlock()
+	doubtful := l.takeUnsynced()
 	err := unix.Fdatasync(int(l.data.Fd()))
 	if err == nil {
+		l.unsure.Add(-int64(len(doubtful)))
 		return nil
 	}
+	// What was written before it and noted since may be gone too.
+	l.putting.Lock()
+	defer l.putting.Unlock()
+	doubtful = append(doubtful, l.takeUnsynced()...)
 	for _, i := range doubtful {
 		l.forget(int(i))
 	}
+	l.unsure.Add(-int64(len(doubtful)))
 	return fmt.Errorf("sync layer %s: %w", l.digest, err)
+}
+
+func (l *Layer) takeUnsynced() []int32 {
+	l.unsyncedMu.Lock()
+	defer l.unsyncedMu.Unlock()
+	taken := l.unsynced
+	l.unsynced = nil
+	return taken
 }
 
 // Forget takes chunks that turned out wrong away: no read that begins after it has

@@ -39,8 +39,8 @@ type Layout struct {
 //
 // The error is accel.ErrInvalid where the TOC is not one that a converter writes, and
 // ErrUnsupported where the layer has to be unpacked as ever. A layer has at most
-// 2,097,152 names and 8,388,608 chunks of up to 64 MiB, its content is up to 1 TiB; paths and
-// names are bounded as Linux does.
+// 2,097,152 names, and as many chunks of up to 16 MiB in up to 32 MiB of the blob (accel.MaxLayerChunks and
+// others); its content is up to 1 TiB; paths and names are bounded as Linux does.
 func Build(toc []byte, tocOffset int64) (*Layout, error) {
 	if tocOffset < 0 || tocOffset > maxBlobBytes {
 		return nil, fmt.Errorf("%w: a TOC at %d", accel.ErrInvalid, tocOffset)
@@ -95,8 +95,8 @@ func (l *Layout) FilesBytes() int64 {
 }
 
 // Store writes Meta and Table, and gives Data its size; what Data holds already
-// stays, so that lost files can be made again beside it. All three are synced; their
-// directory is the caller's, who may trust them when Store has returned nil.
+// stays, so that lost files can be made again beside it. Nothing is synced: a container waits, and the caller, whose
+// directory it is, syncs the files together.
 func (l *Layout) Store(f Files) error {
 	if err := writeFile(f.Meta, l.image.writeImage); err != nil {
 		return fmt.Errorf("write the layer's metadata: %w", err)
@@ -121,7 +121,7 @@ func writeFile(path string, write func(io.Writer) error) error {
 	if err := write(file); err != nil {
 		return errors.Join(err, file.Close())
 	}
-	return errors.Join(file.Sync(), file.Close())
+	return file.Close()
 }
 
 func (l *Layout) makeData(path string) error {
@@ -129,5 +129,5 @@ func (l *Layout) makeData(path string) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(file.Truncate(l.dataBytes), file.Sync(), file.Close())
+	return errors.Join(file.Truncate(l.dataBytes), file.Close())
 }

@@ -25,11 +25,9 @@ const (
 
 // MountInfo is one of our mounts.
 type MountInfo struct {
-	Digest    digest.Digest
-	Target    string
-	Lazy      bool // its content comes through a holder
-	Dead      bool // its holder is gone: reads of what is not cached give EIO
-	HolderPID int  // 0 where it needs none
+	Digest digest.Digest
+	Target string
+	Lazy   bool // its content comes through a holder
 
 	holder string // its holder's name
 	id     int    // the kernel's

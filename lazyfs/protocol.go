@@ -22,7 +22,7 @@ import (
 const (
 	askHello  = "hello"  // daemon: who are you? The answer has Version, PID and Layers
 	askAdd    = "add"    // daemon: serve this layer (Layers[0])
-	askRemove = "remove" // daemon: serve this layer no more; codeInUse while it is open
+	askRemove = "remove" // daemon: serve this layer no more; Code "in_use" while it is open
 	askRetire = "retire" // daemon: end with your last open file
 	askFill   = "fill"   // holder: bring these chunks (Digest, First, N)
 	askCancel = "cancel" // either: nobody waits for the answer to ID any more; has no answer

@@ -9,6 +9,7 @@ import (
 	"io"
 	"math"
 	"os"
+	"runtime/debug"
 	"sort"
 
 	"accel"
@@ -33,7 +34,7 @@ const (
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // Table is the chunks of one layer, sorted by their place in the data file. It may
-// be used by many at once, until Close.
+// be used by many at once, until Close, under Guarded.
 type Table struct {
 	mapped    []byte // the whole file
 	records   []byte // the records in it
@@ -61,11 +62,29 @@ func OpenTable(path string) (*Table, error) {
 	if err != nil {
 		return nil, fmt.Errorf("map chunk table %s: %w", path, err)
 	}
-	t, err := parseTable(mapped)
+	var t *Table
+	err = Guarded(func() (err error) {
+		t, err = parseTable(mapped)
+		return err
+	})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("chunk table %s: %w", path, err), unix.Munmap(mapped))
 	}
 	return t, nil
+}
+
+// Guarded makes a fault under mapped files (a disk error, a file cut short) ErrDamaged. It is for what uses a Table.
+func Guarded(do func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if fault := recover(); fault != nil {
+			if _, is := fault.(interface{ Addr() uintptr }); !is {
+				panic(fault)
+			}
+			err = fmt.Errorf("%w: %v", ErrDamaged, fault)
+		}
+	}()
+	return do()
 }
 
 // parseTable checks everything that readers rely on: afterwards the chunks are in

@@ -3,6 +3,7 @@ package lazyfs
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -94,4 +95,35 @@ func TestDamagedTable(t *testing.T) {
 	if _, err := OpenTable(filepath.Join(t.TempDir(), "none")); !errors.Is(err, os.ErrNotExist) {
 		t.Error(err)
 	}
+}
+
+// A file that is cut short under a table is an error; a mistake of ours stays a panic.
+func TestGuarded(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "table")
+	if err := os.WriteFile(path, tableBytes(12288, chunks), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	table, err := OpenTable(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer table.Close()
+	if err := os.Truncate(path, 0); err != nil {
+		t.Fatal(err)
+	}
+	mapped := table.mapped
+	for name, use := range map[string]func() error{
+		"read":  func() error { return fmt.Errorf("read %v", table.At(0)) },
+		"check": func() error { _, err := parseTable(mapped); return err },
+	} {
+		if err := Guarded(use); !errors.Is(err, ErrDamaged) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	defer func() {
+		if recover() == nil {
+			t.Error("a mistake was taken for damage")
+		}
+	}()
+	_ = Guarded(func() error { panic("a mistake") })
 }

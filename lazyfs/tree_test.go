@@ -271,7 +271,7 @@ func TestBadTOCs(t *testing.T) {
 		`{"name":"f","type":"reg","size":10}`:                                                           ErrUnsupported,
 		`{"name":"f","type":"reg","size":10,"digest":` + sum + `,"chunkSize":5}`:                        ErrUnsupported,
 		`{"name":"f","type":"reg","size":10,"chunkDigest":"sha512:00"}`:                                 ErrUnsupported,
-		`{"name":"f","type":"reg","size":100000000,"chunkDigest":` + sum + `}`:                          ErrUnsupported,
+		`{"name":"f","type":"reg","size":16777217,"chunkDigest":` + sum + `}`:                           ErrUnsupported,
 		`{"name":"f","type":"reg","size":9000000000000,"chunkDigest":` + sum + `}`:                      accel.ErrInvalid,
 		`{"name":".prefetch.landmark","type":"reg","size":10,"offset":2000}`:                            accel.ErrInvalid,
 		`{"name":"a","type":"dir","size":1.5}`:                                                          accel.ErrInvalid,
@@ -284,6 +284,11 @@ func TestBadTOCs(t *testing.T) {
 		_, err := Build([]byte(`{"version":1,"entries":[`+entries+`]}`), 1000)
 		if !errors.Is(err, want) {
 			t.Errorf("%.200s: %v, want %v", entries, err, want)
+		}
+	}
+	for tocOffset, want := range map[int64]error{accel.MaxMemberBytes: nil, accel.MaxMemberBytes + 1: ErrUnsupported} {
+		if _, err := Build([]byte(`{"version":1,"entries":[`+file(``)+`]}`), tocOffset); !errors.Is(err, want) {
+			t.Errorf("a chunk in %d bytes of the blob: %v, want %v", tocOffset, err, want)
 		}
 	}
 	for _, toc := range []string{``, `[]`, `{`, `{}x`, `{"version":1,"entries":{}}`, `{"version":1,"entries":[],"entries":[]}`, `null1`} {
@@ -348,7 +353,7 @@ func TestMemberBounds(t *testing.T) {
 // TestBigFile: one that needs several indexes, with holes for content.
 func TestBigFile(t *testing.T) {
 	needRoot(t)
-	const size, chunk = 5<<30 + 5, 64 << 20
+	const size, chunk = 5<<30 + 5, 16 << 20
 	var b bytes.Buffer
 	b.WriteString(`{"version":1,"entries":[{"name":"small","type":"reg","size":1,"digest":"sha256:` + strings.Repeat("0", 64) + `"}`)
 	for at := int64(0); at < size; at += chunk {
@@ -362,7 +367,7 @@ func TestBigFile(t *testing.T) {
 		fmt.Fprintf(&b, `,{"name":"big","type":"%s"%s,"offset":%d,"chunkOffset":%d,"chunkDigest":"sha256:%064x"}`, kind, sizes, 1000+at/1000, at, 0)
 	}
 	b.WriteString(`]}`)
-	l, err := Build(b.Bytes(), 1<<30)
+	l, err := Build(b.Bytes(), 6<<20)
 	must(err)
 	d := t.TempDir()
 	f := Files{filepath.Join(d, "meta"), filepath.Join(d, "table"), filepath.Join(d, "data")}

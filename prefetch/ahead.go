@@ -156,7 +156,6 @@ func (f *Filler) join(l *layer, fl *flight, m int) {
 	if float64(wait) <= overtakeFactor*float64(latency+seconds(float64(end-offset)/rate)) {
 		return
 	}
-	l.stats.Overtakes++
 	f.metrics.overtakes.Inc()
 	f.truncate(fl, m)
 	if l.owner(m) == nil {

@@ -99,6 +99,15 @@ func (b *batch) fail(err error) {
 	b.more.Broadcast()
 }
 
+// landed waits until the network's side writes into buf no more.
+func (b *batch) landed() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for b.filled < len(b.buf) && b.err == nil {
+		b.more.Wait()
+	}
+}
+
 // torn is why bytes before end never came; nil where they did.
 func (b *batch) torn(end int64) error {
 	b.mu.Lock()
@@ -159,14 +168,16 @@ const maxPooledBytes = 8 << 20
 
 // decode puts the chunks of b.
 func (f *Filler) decode(fl *flight, b *batch) {
-	defer f.finish(fl, b)
 	z := decoders.Get().(*deflate.Reader)
 	var data []byte // the chunk's, used again
 	defer func() {
 		z.Reset(nil)
 		decoders.Put(z)
-		drop(b.buf)
 		drop(data)
+		f.finish(fl, b)
+		// What ended us may have ended us early, and the rest of the members is still being read into buf.
+		b.landed()
+		drop(b.buf)
 	}()
 	for m := b.first; m < b.end; m++ {
 		bad, err := f.inflate(fl.l, b, m, z, &data)
@@ -201,14 +212,14 @@ func (f *Filler) inflate(l *layer, b *batch, m int, z *deflate.Reader, data *[]b
 				if torn := b.torn(end); torn != nil {
 					return nil, torn
 				}
-				f.countCorrupt(l)
+				f.metrics.corrupt.Inc()
 				return fmt.Errorf("chunk %d: %w", i, err), nil
 			}
 			last, held = c, true
 		}
 		switch err := f.put(l, i, c, *data); {
 		case errors.Is(err, ErrCorrupt):
-			f.countCorrupt(l)
+			f.metrics.corrupt.Inc()
 			bad = err
 		case err != nil:
 			return nil, err
@@ -244,13 +255,6 @@ func (f *Filler) fallShort(fl *flight, m int, err error) {
 	defer f.mu.Unlock()
 	f.failMember(fl.l, m, err)
 	fl.cancel(err)
-}
-
-func (f *Filler) countCorrupt(l *layer) {
-	f.metrics.corrupt.Inc()
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	l.stats.CorruptChunks++
 }
 
 // put gives a chunk to Content, after room was made once more where there was none. ErrCorrupt where it is not what its digest says.

@@ -43,8 +43,6 @@ func (w *waiter) finish(err error) {
 	}
 }
 
-func (w *waiter) fail(err error) { w.finish(err) }
-
 func (w *waiter) lookAgain(err error) {
 	select {
 	case w.again <- err:
@@ -126,12 +124,9 @@ func (f *Filler) missed(w *waiter, first, n int, waited time.Duration, bytes int
 	l.stats.Misses++
 	l.stats.MissBytes += bytes
 	l.stats.Waited += waited
-	if err != nil {
-		l.stats.FailedMisses++
-	}
 	f.mu.Unlock()
 	if l.OnDemand != nil {
-		l.OnDemand(first, n, waited, bytes, err)
+		l.OnDemand(err)
 	}
 	f.giveBack(l)
 }
@@ -188,9 +183,6 @@ func (f *Filler) await(ctx context.Context, w *waiter) error {
 			}
 			last = err
 			f.metrics.retries.Inc()
-			f.mu.Lock()
-			w.l.stats.Retries++
-			f.mu.Unlock()
 			d := max(backoff(failures, longestWaitBackoff), accel.RetryAfter(err))
 			if failures == 0 && errors.Is(err, errStalled) {
 				d = 0 // the wait was long enough
@@ -232,7 +224,7 @@ func (f *Filler) failMember(l *layer, m int, err error) {
 		for p, to := l.places(m); p < to; p++ {
 			i := l.at(p)
 			if _, ok := w.need[i]; ok && !l.Content.Has(i) {
-				w.fail(err)
+				w.finish(err)
 			}
 		}
 	}
@@ -255,7 +247,7 @@ func (f *Filler) ensure(w *waiter, first bool) {
 	now := time.Now()
 	for _, m := range members {
 		if now.Before(l.bad[m].until) {
-			w.fail(fmt.Errorf("%w: layer %s, a moment ago", ErrCorrupt, l.digest))
+			w.finish(fmt.Errorf("%w: layer %s, a moment ago", ErrCorrupt, l.digest))
 			return
 		}
 	}

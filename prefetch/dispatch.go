@@ -47,7 +47,9 @@ func (f *Filler) launch(now time.Time) time.Duration {
 			wait = min(wait, activeTime) // more connections then
 		}
 	}
-	f.launchHot(now)
+	for _, k := range f.links {
+		f.launchHot(&k.hot, now)
+	}
 	if f.o.BackgroundBytesPerSecond >= 0 {
 		for f.launchBackground(now) {
 		}
@@ -65,7 +67,7 @@ func (f *Filler) launchBackground(now time.Time) bool {
 		if l.link.active(now) {
 			connections = min(connections, activeConnections)
 		}
-		if l.link.flying[background] >= connections || now.Before(l.pausedUntil) || l.Content.Left() == 0 || l.Held || f.hot.waits(l.link, now) {
+		if l.link.flying[background] >= connections || now.Before(l.pausedUntil) || l.Content.Left() == 0 || l.Held || l.link.hot.waits(now) {
 			continue
 		}
 		if l.unranged && len(l.flights) > 0 {

@@ -12,8 +12,9 @@
 //
 // While a flight that somebody waits for delivers, the others of its host take a quarter of the link:
 // enough that a program which reads everything in no order is not slower than a pull, and
-// that a small miss does not queue behind 16 MiB. While it waits for its first byte the link is free, and they use
-// all of it.
+// that a small miss does not queue behind 16 MiB. While it waits for its first byte the link is free, and the hot set uses
+// all of it. The background holds back longer, with one connection: for half a second after each miss, while the hot set is
+// on its way, and for ten seconds after a layer was added or Hot was called, since a program is about to start (link.active).
 //
 // # The way of a byte
 //

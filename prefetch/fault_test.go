@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -13,6 +14,8 @@ import (
 	"time"
 
 	"accel"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // flipped is b with a wrong byte at an offset.
@@ -49,13 +52,13 @@ func TestCorruptOnce(t *testing.T) {
 		})
 		b.fill(fx, k, 1)
 		m.check(t, k)
-		if s := b.Stats(fx.digest); s.CorruptChunks == 0 || s.FailedMisses != 0 {
+		if s := b.sums(); s.corrupt == 0 || s.failedMisses != 0 {
 			t.Errorf("%+v", s)
 		}
 		if o.BackgroundBytesPerSecond >= 0 {
 			<-done
 		}
-		once(t, r, fx, c.BlobBytes+b.Stats(fx.digest).SkippedBytes+b.Stats(fx.digest).Overtakes*mostBackgroundBytes+leastWindowBytes)
+		once(t, r, fx, c.BlobBytes+b.sums().skipped+b.sums().overtakes*mostBackgroundBytes+leastWindowBytes)
 	}
 }
 
@@ -181,7 +184,7 @@ func TestTrickle(t *testing.T) {
 	})
 	b.fill(fx, 4, 1)
 	m.check(t, 4)
-	if s := b.Stats(fx.digest); s.Stalls != 1 {
+	if s := b.sums(); s.stalls != 1 {
 		t.Errorf("%+v", s)
 	}
 }
@@ -217,7 +220,7 @@ func TestGivesUp(t *testing.T) {
 			if err := b.Fill(t.Context(), fx.digest, 1, 1); !errors.Is(err, c.want) || !errors.Is(err, c.answer) {
 				t.Error(err)
 			}
-			if s := b.Stats(fx.digest); s.FailedMisses != 1 {
+			if s := b.sums(); s.failedMisses != 1 {
 				t.Errorf("%+v", s)
 			}
 		})
@@ -276,7 +279,7 @@ func TestDiskFull(t *testing.T) {
 			return func() {}, nil
 		}
 	})
-	eventually(t, "a try", func() bool { return b.Stats(fx.digest).Retries > 0 })
+	eventually(t, "a try", func() bool { return b.sums().retries > 0 })
 	if n := len(r.asked()); n != 0 {
 		t.Errorf("%d requests without room", n)
 	}
@@ -287,6 +290,62 @@ func TestDiskFull(t *testing.T) {
 	b.fill(fx, 50, 1)
 	m.check(t, 50)
 	<-done
+}
+
+// A failing disk is not tried again and again at once, also where all that was asked for was read by then.
+func TestDiskThatFailsLast(t *testing.T) {
+	b := start(t, Options{})
+	fx := build(t, random(42), shape{members: 1, most: 30_000})
+	var left atomic.Int32
+	left.Store(3)
+	m, r, done := b.add(fx, func(l *Layer) {
+		l.Content.(*memory).putErr = func(int) error {
+			if left.Add(-1) >= 0 {
+				return errors.New("the disk is broken")
+			}
+			return nil
+		}
+	})
+	<-done
+	m.check(t, 0)
+	if s := b.sums(); s.retries != 3 || len(r.asked()) != 4 {
+		t.Errorf("%d requests, of which %d count as tries after a failure", len(r.asked()), s.retries)
+	}
+}
+
+// What is copied is reserved as well, and all of a layer whose registry turns out to know no ranges.
+func TestReservesFirst(t *testing.T) {
+	b := start(t, noBackground)
+	fx := build(t, random(43), shape{members: 100, most: 30_000})
+	old, _, _ := b.add(fx, nil)
+	b.fill(fx, 0, 30)
+	old.check(t, 29)
+	twin := *fx
+	twin.digest = digest.FromString("twin")
+	var reserved atomic.Int64
+	written := int64(0)
+	m, _, _ := b.add(&twin, func(l *Layer) {
+		l.Content.(*memory).putErr = func(i int) error {
+			if written += fx.chunks[i].Bytes; written > reserved.Load() {
+				t.Errorf("%d bytes are written and %d reserved", written, reserved.Load())
+			}
+			return nil
+		}
+		l.Reserve = func(n int64) (func(), error) {
+			reserved.Add(n)
+			return func() {}, nil
+		}
+		l.Source = sourceFunc(func(_ context.Context, offset, length int64) (answerBody, error) {
+			if length != -1 {
+				return answerBody{}, ErrUnranged
+			}
+			return bodyOf(fx.blob), nil
+		})
+	})
+	b.fill(&twin, 10, 5)
+	b.fill(&twin, 90, 1)
+	m.check(t, 12)
+	eventually(t, "the whole layer", func() bool { return m.Left() == 0 })
 }
 
 // Room that can be made is made, and what was reserved is given back.
@@ -337,7 +396,7 @@ func TestNoRoomForAhead(t *testing.T) {
 func TestRemoveInTheMiddle(t *testing.T) {
 	b := start(t, Options{})
 	fx := build(t, random(30), shape{members: 100, most: 100_000})
-	m, _, _ := b.add(fx, func(l *Layer) {
+	m, r, _ := b.add(fx, func(l *Layer) {
 		l.Source.(*registry).fault = func(k int, ctx context.Context, _ int64, b []byte) (io.Reader, error, bool) {
 			return &hanging{ctx, bytes.NewReader(b[:len(b)/2])}, nil, true
 		}
@@ -346,7 +405,7 @@ func TestRemoveInTheMiddle(t *testing.T) {
 	waits := make(chan error)
 	last := len(fx.chunks) - 1
 	go func() { waits <- b.Fill(t.Context(), fx.digest, last, 1) }()
-	eventually(t, "a miss that waits", func() bool { return b.Stats(fx.digest).Requests > 1 && m.Left() < 100 })
+	eventually(t, "a miss that waits", func() bool { return len(r.asked()) > 1 && m.Left() < 100 })
 	b.Remove(fx.digest)
 	if err := <-waits; !errors.Is(err, accel.ErrNotFound) {
 		t.Error(err)
@@ -371,7 +430,7 @@ func TestEndInTheMiddle(t *testing.T) {
 	b := start(t, Options{})
 	fx := build(t, random(31), shape{members: 100, most: 100_000})
 	var marked atomic.Int64
-	m, _, _ := b.add(fx, func(l *Layer) {
+	m, r, _ := b.add(fx, func(l *Layer) {
 		l.Source.(*registry).fault = func(k int, ctx context.Context, _ int64, b []byte) (io.Reader, error, bool) {
 			return &hanging{ctx, bytes.NewReader(b[:len(b)/2])}, nil, true
 		}
@@ -379,7 +438,7 @@ func TestEndInTheMiddle(t *testing.T) {
 	})
 	waits := make(chan error)
 	go func() { waits <- b.Fill(t.Context(), fx.digest, 99, 1) }()
-	eventually(t, "a miss that waits", func() bool { return b.Stats(fx.digest).Requests > 1 && m.Left() < 100 })
+	eventually(t, "a miss that waits", func() bool { return len(r.asked()) > 1 && m.Left() < 100 })
 	b.stop()
 	if err := <-waits; !errors.Is(err, ErrClosed) {
 		t.Error(err)
@@ -400,4 +459,47 @@ func TestEndInTheMiddle(t *testing.T) {
 	if err := b.Run(t.Context()); !errors.Is(err, accel.ErrConflict) {
 		t.Error(err)
 	}
+}
+
+// A batch that is inflated while it comes and ends early keeps its buffer until nothing is written into it any more: the next
+// batch would have other bytes in its place.
+func TestBufferOfABatchThatEndsEarly(t *testing.T) {
+	fx := build(t, random(41), shape{members: 8, most: 30_000})
+	m := fx.memory()
+	m.putErr = func(int) error { return errors.New("the disk is broken") }
+	f, err := New(Options{BackgroundBytesPerSecond: -1, Log: quiet()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Add(Layer{Content: m, Source: &registry{blob: fx.blob}}); err != nil {
+		t.Fatal(err)
+	}
+	l := f.layers[fx.digest]
+	ctx, cancel := context.WithCancelCause(t.Context())
+	defer cancel(nil)
+	fl := &flight{l: l, kind: demand, end: l.members, cancel: cancel, hurry: make(chan struct{})}
+	b, _ := f.nextBatch(fl, l.members)
+	if b.end < 3 {
+		t.Fatalf("a batch of %d members", b.end)
+	}
+	b.buf = grab(int(b.bytes))
+	_, first := l.span(0)
+	copy(b.buf, fx.blob[:first])
+	b.add(int(first))
+	decoded := make(chan struct{})
+	go func() {
+		defer close(decoded)
+		f.decode(fl, b)
+	}()
+	<-ctx.Done() // the failure ends the flight, and with it what is read
+	for range 1000 {
+		runtime.Gosched()
+	}
+	select {
+	case <-decoded:
+		t.Error("the buffer was given back while the network's side has it")
+	default:
+	}
+	b.fail(context.Cause(ctx))
+	<-decoded
 }

@@ -42,7 +42,7 @@ type Content interface {
 	Put(i int, b []byte) error
 	// Read reads a chunk that is there.
 	Read(i int, p []byte) error
-	// Sync makes durable what was put.
+	// Sync makes durable what was put. Where it fails, chunks that were put since the last one may be missing again.
 	Sync() error
 	// Left is how many chunks are missing.
 	Left() int
@@ -72,13 +72,13 @@ type Layer struct {
 	// otherwise, once they are (or were not) written and persisted. nil: there is always room.
 	Reserve func(bytes int64) (release func(), err error)
 	// Persist marks chunks in the durable index; Content.Sync has returned since they were put. nil: nothing does.
+	// accel.ErrNotFound: the index does not know the layer any more, so that it is not tried again.
 	Persist func(chunks []int) error
 	// Completed is called when all chunks are there and persisted, at once where they are when the layer is
 	// added, and again where Content has lost some since. It may call Remove.
 	Completed func()
-	// OnDemand is told each Fill that found something missing, by the goroutine that called Fill: how long it
-	// waited, and for how many bytes of content.
-	OnDemand func(first, n int, waited time.Duration, bytes int64, err error)
+	// OnDemand is told of each Fill that found something missing when it ends, and how, by the goroutine that called Fill.
+	OnDemand func(err error)
 }
 
 // Options of a Filler; zero fields mean the defaults.
@@ -91,29 +91,24 @@ type Options struct {
 	// BackgroundBytesPerSecond bounds completion in the background, over all layers. 0: not at all; negative: there is none.
 	BackgroundBytesPerSecond int64
 	// DemandConnections and BackgroundConnections bound the requests at a time to one host; default 8 for misses,
-	// and 4 each for the hot set and the background.
+	// 4 for the background. The hot set has 4, and up to 16 where its ranges are short and the host is far.
 	DemandConnections, BackgroundConnections int
 	Registerer                               prometheus.Registerer // nil: no metrics
 	Log                                      *slog.Logger          // nil: slog.Default
 }
 
-// Stats of one layer since it was added.
+// Stats of one layer since it was added. The metrics tell more, of all layers together.
 type Stats struct {
-	Chunks, Left int // of the layer; those still missing
+	Chunks int
 	// HotLeft counts gzip members of the hot set that are not there yet.
 	HotLeft int
-	// Misses are Fills that had to wait, FailedMisses those that ended with an error; MissBytes of
-	// content were missing, Waited is the time that readers spent.
-	Misses, FailedMisses, MissBytes int64
-	Waited                          time.Duration
-	// FetchedBytes came from the registry, compressed: DemandBytes, HotBytes and BackgroundBytes by who wanted them, and
-	// SkippedBytes that were there already and lay between others.
-	FetchedBytes, DemandBytes, HotBytes, BackgroundBytes, SkippedBytes int64
+	// Misses are Fills that had to wait; MissBytes of content were missing, Waited is the time that readers spent.
+	Misses, MissBytes int64
+	Waited            time.Duration
+	// FetchedBytes came from the registry, compressed; of these, DemandBytes for misses.
+	FetchedBytes, DemandBytes int64
 	// CopiedBytes of content were copied from layers that had them.
 	CopiedBytes int64
-	// Requests to the registry; Retries, Stalls, CorruptChunks, and Overtakes: requests for what
-	// another one would have brought too late.
-	Requests, Retries, Stalls, CorruptChunks, Overtakes int64
 }
 
 // Filler schedules. It is safe for concurrent use.
@@ -135,7 +130,6 @@ type Filler struct {
 	layers  map[digest.Digest]*layer
 	list    []*layer // in the order of Add
 	links   map[string]*link
-	hot     hotSet
 	touches uint64         // counts misses
 	flights sync.WaitGroup // Add under mu while not closed
 }
@@ -264,12 +258,12 @@ func (f *Filler) Remove(d digest.Digest) {
 	}
 	l.link.layers--
 	l.removed = true
-	f.hot.drop(l)
+	l.link.hot.drop(l)
 	for _, fl := range l.flights {
 		fl.cancel(errRemoved)
 	}
 	for w := range l.waiters {
-		w.fail(fmt.Errorf("%w: layer %s was removed", accel.ErrNotFound, d))
+		w.finish(fmt.Errorf("%w: layer %s was removed", accel.ErrNotFound, d))
 	}
 	for l.users > 0 || len(l.flights) > 0 {
 		l.idle.Wait()
@@ -287,8 +281,7 @@ func (f *Filler) Stats(d digest.Digest) Stats {
 		return Stats{}
 	}
 	s := l.stats
-	s.Chunks, s.Left = l.n, l.Content.Left()
-	s.HotLeft = l.hotLeft()
+	s.Chunks, s.HotLeft = l.n, l.hotLeft()
 	return s
 }
 

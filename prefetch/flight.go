@@ -85,8 +85,8 @@ func (f *Filler) start(l *layer, k kind, first, must, end int) *flight {
 		defer f.flights.Done()
 		err := f.fly(ctx, fl)
 		fl.inflight.Wait()
-		if cause := context.Cause(ctx); err != nil && cause != nil {
-			err = cause
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause // also where all was read: what failed may be its last batch
 		}
 		f.land(fl, err)
 		cancel(nil)
@@ -128,7 +128,7 @@ func (f *Filler) land(fl *flight, err error) {
 	}
 	f.judge(l, fl, err)
 	if fl.kind == hot {
-		f.hot.want(l, fl.first, fl.until)
+		l.link.hot.want(l, fl.first, fl.until)
 	}
 	for w := range l.waiters {
 		if w.forgotten() {
@@ -149,7 +149,6 @@ func (f *Filler) judge(l *layer, fl *flight, err error) {
 		return
 	}
 	if errors.Is(err, errStalled) {
-		l.stats.Stalls++
 		f.metrics.stalls.Inc()
 		l.link.stalls++
 	}
@@ -159,7 +158,6 @@ func (f *Filler) judge(l *layer, fl *flight, err error) {
 	if fl.kind == demand {
 		return // who waits says so
 	}
-	l.stats.Retries++
 	f.metrics.retries.Inc()
 	log := f.log.Debug
 	if l.failures == 4 {
@@ -173,6 +171,9 @@ func (f *Filler) fly(ctx context.Context, fl *flight) error {
 	to := fl.until
 	if fl.must > fl.first {
 		to = fl.must // to look for all of the window would keep waiting who waits
+	}
+	if err := f.makeRoom(fl); err != nil { // for what is copied too
+		return err
 	}
 	f.copyTwins(ctx, fl, to)
 	f.mu.Lock()
@@ -195,9 +196,6 @@ func (f *Filler) fly(ctx context.Context, fl *flight) error {
 			return context.Cause(ctx)
 		}
 	}
-	if err := f.makeRoom(fl); err != nil {
-		return err
-	}
 	for {
 		from, to, err := f.nextRequest(fl)
 		if err != nil || from == to {
@@ -209,7 +207,7 @@ func (f *Filler) fly(ctx context.Context, fl *flight) error {
 	}
 }
 
-// makeRoom reserves what fl will write. Where there is no room, what somebody waits for is tried nevertheless.
+// makeRoom reserves what fl will write; what it reserved before goes when that is persisted. Where there is no room, what somebody waits for is tried nevertheless.
 func (f *Filler) makeRoom(fl *flight) error {
 	l := fl.l
 	if l.Reserve == nil {
@@ -225,6 +223,9 @@ func (f *Filler) makeRoom(fl *flight) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err == nil {
+		if fl.release != nil {
+			l.releases = append(l.releases, fl.release)
+		}
 		fl.release = release
 		return nil
 	}

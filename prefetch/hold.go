@@ -18,13 +18,8 @@ func (f *Filler) Release(digests ...digest.Digest) {
 	kick(f.dispatching)
 }
 
-// waits reports whether some of the hot set is still to be asked for over a link, and can be. A request of the background would
+// waits reports whether some of the hot set is still to be asked for over its link, and can be. A request of the background would
 // take some of it along, in the middle of what can wait.
-func (h *hotSet) waits(k *link, now time.Time) bool {
-	for _, r := range h.runs {
-		if r.l.link == k && !now.Before(r.l.pausedUntil) {
-			return true
-		}
-	}
-	return len(h.wants) > 0 && h.wants[0].l.link == k && !now.Before(h.wants[0].l.pausedUntil)
+func (h *hotSet) waits(now time.Time) bool {
+	return h.ready(now) > 0 || len(h.wants) > 0 && !now.Before(h.wants[0].l.pausedUntil)
 }

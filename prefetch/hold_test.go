@@ -35,12 +35,12 @@ func TestHeldLayersWaitForTheHotSet(t *testing.T) {
 	}
 	eventually(t, "the hot set", func() bool { return b.Stats(one.digest).HotLeft == 0 })
 	time.Sleep(20 * time.Millisecond) // were the background at work, it would begin something
-	if s := b.Stats(one.digest); s.BackgroundBytes > 0 || memory.Left() == 0 || memory.Left() >= left {
+	if s := b.sums(); s.background > 0 || memory.Left() == 0 || memory.Left() >= left {
 		t.Errorf("%d chunks are left of %d, %+v", memory.Left(), left, s)
 	}
 	b.Release(one.digest)
 	<-done
-	if s := b.Stats(one.digest); s.BackgroundBytes == 0 || s.Left != 0 {
+	if s := b.sums(); s.background == 0 || memory.Left() != 0 {
 		t.Errorf("after its release: %+v", s)
 	}
 	b.Release(one.digest) // complete, and again
@@ -81,7 +81,7 @@ func TestBackgroundLeavesTheHotSetToItself(t *testing.T) {
 	for _, p := range pieces {
 		hotBytes += one.chunks[p.First].BlobBytes
 	}
-	if s := b.Stats(one.digest); s.HotBytes < hotBytes {
-		t.Errorf("of %d hot bytes %d came as such: %+v", hotBytes, s.HotBytes, s)
+	if s := b.sums(); s.hot < hotBytes {
+		t.Errorf("of %d hot bytes %d came as such: %+v", hotBytes, s.hot, s)
 	}
 }

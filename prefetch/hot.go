@@ -26,7 +26,8 @@ const (
 	mostEpochBytes  = 16 << 20
 )
 
-// hotSet is what waits to be fetched ahead of need. Filler.mu guards it.
+// hotSet is what waits to be fetched ahead of need over one link: what one registry is slow with keeps no other's back.
+// Filler.mu guards it.
 type hotSet struct {
 	wants []want   // in order of first use
 	runs  []hotRun // of the epochs that have begun
@@ -55,9 +56,6 @@ func (f *Filler) Hot(ctx context.Context, pieces []Piece) error {
 	if f.closed {
 		return ErrClosed
 	}
-	if len(f.hot.wants) == 0 && len(f.hot.runs) == 0 {
-		f.hot.epoch = firstEpochBytes
-	}
 	// Pieces may overlap: what they name twice is bounded too.
 	steps := 0
 	for _, l := range f.list {
@@ -76,13 +74,17 @@ func (f *Filler) Hot(ctx context.Context, pieces []Piece) error {
 			l.hot = make([]uint64, (l.members+63)/64)
 		}
 		l.link.starting = time.Now().Add(startTime)
+		h := &l.link.hot
+		if len(h.wants) == 0 && len(h.runs) == 0 {
+			h.epoch = firstEpochBytes
+		}
 		for i := from; i < to; i++ {
 			m := l.memberOf(i)
 			if l.hot[m/64]&(1<<(m%64)) != 0 {
 				continue
 			}
 			l.hot[m/64] |= 1 << (m % 64)
-			f.hot.wants = append(f.hot.wants, want{l, m})
+			h.wants = append(h.wants, want{l, m})
 		}
 	}
 	kick(f.dispatching)
@@ -120,10 +122,9 @@ func (l *layer) hotLeft() (n int) {
 	return n
 }
 
-// launchHot starts what may start of the hot set. f.mu is held.
-func (f *Filler) launchHot(now time.Time) {
-	h := &f.hot
-	if len(h.runs) < mostHotConnections {
+// launchHot starts what may start of a link's hot set. f.mu is held.
+func (f *Filler) launchHot(h *hotSet, now time.Time) {
+	if h.ready(now) < mostHotConnections {
 		h.nextEpoch()
 	}
 	left := h.runs[:0]
@@ -134,9 +135,19 @@ func (f *Filler) launchHot(now time.Time) {
 	}
 	clear(h.runs[len(left):])
 	h.runs = left
-	if len(h.runs) == 0 && len(h.wants) > 0 {
+	if h.ready(now) == 0 && len(h.wants) > 0 {
 		kick(f.dispatching)
 	}
+}
+
+// ready counts the runs of layers that are not paused, whose failures are not the others'.
+func (h *hotSet) ready(now time.Time) (n int) {
+	for _, r := range h.runs {
+		if !now.Before(r.l.pausedUntil) {
+			n++
+		}
+	}
+	return n
 }
 
 // launchRun starts flights for a run, and returns from where on it could not. f.mu is held.

@@ -12,16 +12,10 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Bounds of what a layer may demand in memory: the inflated bytes of a chunk (16 MiB are the most that
-// package convert makes) and the compressed ones of a member. What lies farther out is a mistake.
-const (
-	maxChunks      = 1 << 21
-	maxChunkBytes  = 16 << 20
-	maxMemberBytes = 32 << 20
-	maxBlobOffset  = 1 << 50
-)
+// maxBlobOffset bounds where things are in a blob, so that sums do not overflow.
+const maxBlobOffset = 1 << 50
 
-// layer is a Layer with the state of its filling. A member is the gzip members that hold a chunk, or several
+// layer is a Layer with the state of its filling. A member here is the gzip members that hold one chunk, or several
 // small ones; it is what a blob can be cut into. Members are numbered as they lie in the blob. A chunk costs
 // 8 to 20 bytes here, the rest of what is known about it Content tells.
 type layer struct {
@@ -82,8 +76,8 @@ func newLayer(given Layer) (*layer, error) {
 		return nil, fmt.Errorf("%w: a layer needs content and a source", accel.ErrInvalid)
 	}
 	l := &layer{Layer: given, digest: given.Content.Digest(), n: given.Content.Len(), waiters: map[*waiter]struct{}{}}
-	if l.n < 0 || l.n > maxChunks {
-		return nil, fmt.Errorf("%w: layer %s has %d chunks, more than %d", accel.ErrInvalid, l.digest, l.n, maxChunks)
+	if l.n < 0 || l.n > accel.MaxLayerChunks {
+		return nil, fmt.Errorf("%w: layer %s has %d chunks, more than %d", accel.ErrInvalid, l.digest, l.n, accel.MaxLayerChunks)
 	}
 	if err := l.sort(); err != nil {
 		return nil, fmt.Errorf("%w: layer %s: %w", accel.ErrInvalid, l.digest, err)
@@ -108,8 +102,8 @@ func (l *layer) sort() error {
 	sorted := true
 	for i := range l.n {
 		c := l.Content.Chunk(i)
-		if c.BlobOffset < 0 || c.BlobOffset > maxBlobOffset || c.BlobBytes <= 0 || c.BlobBytes > maxMemberBytes ||
-			c.InnerOffset < 0 || c.InnerOffset > maxBlobOffset || c.Bytes < 0 || c.Bytes > maxChunkBytes {
+		if c.BlobOffset < 0 || c.BlobOffset > maxBlobOffset || c.BlobBytes <= 0 || c.BlobBytes > accel.MaxMemberBytes ||
+			c.InnerOffset < 0 || c.InnerOffset > maxBlobOffset || c.Bytes < 0 || c.Bytes > accel.MaxChunkBytes {
 			return fmt.Errorf("chunk %d is out of bounds: %d bytes at %d of the blob, %d bytes at %d inside", i, c.BlobBytes, c.BlobOffset, c.Bytes, c.InnerOffset)
 		}
 		sorted = sorted && (i == 0 || compareChunks(l.Content.Chunk(i-1), c) <= 0)

@@ -59,6 +59,7 @@ type link struct {
 	layers  int
 	slots   chan struct{} // of misses
 	buffers [kinds]*semaphore.Weighted
+	hot     hotSet
 
 	flying     [kinds]int
 	hotBytes   int64         // that the flights of the hot set were started for

@@ -1,8 +1,9 @@
 package prefetch
 
 import (
-	"fmt"
 	"time"
+
+	"accel/internal/collectors"
 
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -16,8 +17,7 @@ type metrics struct {
 	retries   prometheus.Counter
 	overtakes prometheus.Counter
 
-	fetched, copies [kinds]prometheus.Counter // of bytes
-	skipped         prometheus.Counter
+	fetched, copies, skipped [kinds]prometheus.Counter // of bytes
 }
 
 func newMetrics(r prometheus.Registerer) (*metrics, error) {
@@ -47,17 +47,10 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	for k := range kinds {
 		m.fetched[k] = m.bytes.WithLabelValues(k.String(), "registry")
 		m.copies[k] = m.bytes.WithLabelValues(k.String(), "copy")
+		m.skipped[k] = m.bytes.WithLabelValues(k.String(), "skipped")
 	}
-	m.skipped = m.bytes.WithLabelValues(background.String(), "skipped")
-	if r == nil {
-		return m, nil
-	}
-	for _, c := range []prometheus.Collector{m.bytes, m.misses, m.wait, m.corrupt, m.stalls, m.retries, m.overtakes} {
-		if err := r.Register(c); err != nil {
-			return nil, fmt.Errorf("register metrics: %w", err)
-		}
-	}
-	return m, nil
+	_, err := collectors.Register(r, m.bytes, m.misses, m.wait, m.corrupt, m.stalls, m.retries, m.overtakes)
+	return m, err
 }
 
 func (m *metrics) copied(k kind, bytes int64) { m.copies[k].Add(float64(bytes)) }

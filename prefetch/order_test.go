@@ -5,14 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"accel"
 
 	"github.com/opencontainers/go-digest"
-	"github.com/prometheus/client_golang/prometheus"
 )
 
 // Nothing is marked that is not synced, everything is in the end, and only then is the layer complete; whatever fails in between.
@@ -69,6 +70,69 @@ func TestPersists(t *testing.T) {
 	if marked[7] != 2 {
 		t.Errorf("marked %d times", marked[7])
 	}
+}
+
+// What a failing Sync took back is not marked by the next one that works.
+func TestPersistsNothingThatIsLost(t *testing.T) {
+	b := start(t, noBackground)
+	fx := build(t, random(46), shape{members: 2, most: 500_000})
+	marked := make(chan []int, 10)
+	var failed atomic.Bool
+	m, _, _ := b.add(fx, func(l *Layer) {
+		m := l.Content.(*memory)
+		l.Content = syncTold{m, &failed}
+		l.Persist = func(chunks []int) error { marked <- chunks; return nil }
+		m.syncErr = errors.New("the disk is broken")
+		fx.scatter()
+		l.Source = fx.scattered()
+	})
+	b.fill(fx, 0, 1)
+	eventually(t, "a Sync that fails", failed.Load)
+	b.fill(fx, 1, 1)
+	if got := <-marked; !slices.Equal(got, []int{1}) || m.Has(0) {
+		t.Errorf("marked %v, and chunk 0 is there: %v", got, m.Has(0))
+	}
+}
+
+// An index that has dropped the layer is not told again and again.
+func TestPersistsNothingThatIsDropped(t *testing.T) {
+	b := start(t, noBackground)
+	fx := build(t, random(48), shape{members: 2, most: 30_000})
+	marked := make(chan []int, 10)
+	var held atomic.Int64
+	b.add(fx, func(l *Layer) {
+		fx.scatter()
+		l.Source = fx.scattered()
+		l.Reserve = func(n int64) (func(), error) {
+			held.Add(n)
+			return sync.OnceFunc(func() { held.Add(-n) }), nil
+		}
+		l.Persist = func(chunks []int) error {
+			marked <- chunks
+			return accel.ErrNotFound
+		}
+	})
+	for i := range 2 {
+		b.fill(fx, i, 1)
+		if got := <-marked; !slices.Equal(got, []int{i}) {
+			t.Errorf("marked %v after chunk %d was put", got, i)
+		}
+	}
+	eventually(t, "nothing is reserved", func() bool { return held.Load() == 0 })
+}
+
+// syncTold says that a Sync failed.
+type syncTold struct {
+	*memory
+	failed *atomic.Bool
+}
+
+func (s syncTold) Sync() error {
+	err := s.memory.Sync()
+	if err != nil {
+		s.failed.Store(true)
+	}
+	return err
 }
 
 // Chunks that an earlier process put and did not mark are marked when the layer is added.
@@ -146,10 +210,8 @@ func TestHotFirst(t *testing.T) {
 	}
 	<-done1
 	<-done2
-	for _, s := range []Stats{b.Stats(one.digest), b.Stats(two.digest)} {
-		if s.HotBytes == 0 || s.FetchedBytes > s.SkippedBytes+s.HotBytes+s.BackgroundBytes {
-			t.Errorf("%+v", s)
-		}
+	if s := b.sums(); s.hot == 0 || s.demand != 0 || s.fetched != s.skipped+s.hot+s.background {
+		t.Errorf("%+v", s)
 	}
 }
 
@@ -188,6 +250,41 @@ func TestHostileHot(t *testing.T) {
 	cancel()
 	if err := b.Hot(ctx, many); !errors.Is(err, context.Canceled) {
 		t.Error(err)
+	}
+}
+
+// A registry that does not answer keeps back neither another's hot set nor, where it answers for some layers, that of others.
+func TestHotOfOneRegistryStarvesNoOther(t *testing.T) {
+	b := start(t, Options{BackgroundBytesPerSecond: -1, StallPatience: time.Hour})
+	r := random(47)
+	var pieces []Piece
+	add := func(host string, source func(*fixture) Source) *fixture {
+		fx := build(t, r, shape{members: 100, most: 30_000})
+		fx.scatter()
+		b.add(fx, func(l *Layer) { l.Host, l.Source = host, source(fx) })
+		for i := range fx.chunks {
+			pieces = append(pieces, Piece{fx.digest, i, 1})
+		}
+		return fx
+	}
+	add("silent", func(*fixture) Source {
+		return sourceFunc(func(ctx context.Context, _, _ int64) (answerBody, error) {
+			<-ctx.Done()
+			return answerBody{}, ctx.Err()
+		})
+	})
+	add("mixed", func(*fixture) Source {
+		return sourceFunc(func(context.Context, int64, int64) (answerBody, error) {
+			return answerBody{}, accel.ErrUnauthenticated
+		})
+	})
+	beside := add("mixed", func(fx *fixture) Source { return fx.scattered() })
+	other := add("other", func(fx *fixture) Source { return fx.scattered() })
+	if err := b.Hot(t.Context(), pieces); err != nil {
+		t.Fatal(err)
+	}
+	for _, fx := range []*fixture{other, beside} {
+		eventually(t, "the hot set", func() bool { return b.Stats(fx.digest).HotLeft == 0 })
 	}
 }
 
@@ -235,7 +332,7 @@ func TestBackgroundLimit(t *testing.T) {
 	fx := build(t, random(45), shape{members: 1000, most: 30_000})
 	m, _, _ := b.add(fx, nil)
 	began := time.Now()
-	eventually(t, "something", func() bool { return b.Stats(fx.digest).BackgroundBytes > 200<<10 })
+	eventually(t, "something", func() bool { return b.sums().background > 200<<10 })
 	// The bucket holds a piece. Slower is always right; faster than this is not.
 	if took, least := time.Since(began), time.Second/2; took < least {
 		t.Errorf("200 KiB took %s at 100 KiB/s", took)
@@ -254,28 +351,15 @@ func TestBackgroundLimit(t *testing.T) {
 }
 
 func TestMetrics(t *testing.T) {
-	reg := prometheus.NewRegistry()
-	b := start(t, Options{Registerer: reg})
+	b := start(t, Options{})
 	fx := build(t, random(46), shape{members: 10, most: 1000})
 	_, _, done := b.add(fx, nil)
 	b.fill(fx, 5, 1)
 	<-done
-	families, err := reg.Gather()
-	if err != nil {
-		t.Fatal(err)
+	if sums, s := b.sums(), b.Stats(fx.digest); sums.fetched != s.FetchedBytes || sums.demand != s.DemandBytes || sums.misses != s.Misses {
+		t.Errorf("%+v, but %+v", sums, s)
 	}
-	sums := map[string]float64{}
-	for _, f := range families {
-		for _, m := range f.Metric {
-			if m.Counter != nil {
-				sums[f.GetName()] += m.Counter.GetValue()
-			}
-		}
-	}
-	if s := b.Stats(fx.digest); sums["accel_fill_bytes_total"] != float64(s.FetchedBytes) || sums["accel_fill_misses_total"] != float64(s.Misses) {
-		t.Errorf("%v, but %+v", sums, s)
-	}
-	if _, err := New(Options{Registerer: reg}); err == nil {
+	if _, err := New(Options{Registerer: b.metrics}); err == nil {
 		t.Error("the same metrics twice")
 	}
 }

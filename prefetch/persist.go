@@ -2,8 +2,11 @@ package prefetch
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"time"
+
+	"accel"
 )
 
 const (
@@ -61,6 +64,8 @@ func (f *Filler) persist(l *layer, last bool) (completed bool) {
 	pending, releases := l.pending, l.releases
 	l.pending, l.releases, l.pendingBytes = nil, nil, 0
 	f.mu.Unlock()
+	// A Sync that failed took chunks back; only what is there before the next one is durable after it.
+	pending = slices.DeleteFunc(pending, func(i int) bool { return !l.Content.Has(i) })
 	var err error
 	if len(pending) > 0 {
 		slices.Sort(pending)
@@ -69,10 +74,11 @@ func (f *Filler) persist(l *layer, last bool) (completed bool) {
 			err = l.Persist(pending)
 		}
 	}
+	again := err != nil && !errors.Is(err, accel.ErrNotFound)
 	if err != nil {
-		f.log.Warn("filled content could not be made durable and will be tried again", "layer", l.digest, "chunks", len(pending), "err", err)
+		f.log.Warn("filled content could not be made durable", "layer", l.digest, "chunks", len(pending), "again", again, "err", err)
 	}
-	if err == nil || last {
+	if !again || last {
 		for _, release := range releases {
 			release()
 		}
@@ -80,9 +86,11 @@ func (f *Filler) persist(l *layer, last bool) (completed bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err != nil {
-		l.pending = append(pending, l.pending...)
-		if !last {
-			l.releases = append(releases, l.releases...)
+		if again {
+			l.pending = append(pending, l.pending...)
+			if !last {
+				l.releases = append(releases, l.releases...)
+			}
 		}
 		l.persistAfter = time.Now().Add(persistTime)
 		return false

@@ -61,7 +61,6 @@ func (f *Filler) request(ctx context.Context, fl *flight, from, to int) error {
 		offset, length = 0, -1
 	}
 	f.mu.Lock()
-	l.stats.Requests++
 	fl.requested, fl.begun, fl.position, fl.received, fl.paced = time.Now(), time.Time{}, offset, 0, false
 	patience := l.link.patience(f.o.StallPatience)
 	f.mu.Unlock()
@@ -79,7 +78,10 @@ func (f *Filler) request(ctx context.Context, fl *flight, from, to int) error {
 		return cause
 	}
 	if errors.Is(err, ErrUnranged) && !fl.whole {
-		return f.loseRanges(fl)
+		if err := f.loseRanges(fl); err != nil {
+			return err
+		}
+		return f.makeRoom(fl)
 	}
 	if err != nil {
 		return fmt.Errorf("layer %s, bytes from %d: %w", l.digest, offset, err)
@@ -100,7 +102,7 @@ func (f *Filler) loseRanges(fl *flight) error {
 		}
 	}
 	f.log.Info("the registry knows no ranges, so the layer is fetched as a whole", "layer", l.digest)
-	fl.whole, fl.first, fl.next, fl.end, fl.until = true, 0, 0, l.members, l.members
+	fl.whole, fl.must, fl.first, fl.next, fl.end, fl.until = true, 0, 0, 0, l.members, l.members
 	return nil
 }
 

@@ -144,19 +144,14 @@ func (s *response) note(n int, skipped bool, now time.Time) {
 	}
 	l.link.count(int64(n), now)
 	l.stats.FetchedBytes += int64(n)
-	switch {
-	case skipped:
-		l.stats.SkippedBytes += int64(n)
-		s.f.metrics.skipped.Add(float64(n))
+	if skipped {
+		s.f.metrics.skipped[fl.kind].Add(float64(n))
 		return
-	case fl.kind == demand:
-		l.stats.DemandBytes += int64(n)
-	case fl.kind == hot:
-		l.stats.HotBytes += int64(n)
-	default:
-		l.stats.BackgroundBytes += int64(n)
 	}
 	s.f.metrics.fetched[fl.kind].Add(float64(n))
+	if fl.kind == demand {
+		l.stats.DemandBytes += int64(n)
+	}
 }
 
 // holdBack waits until up to n bytes may be read, and returns how many. A flight that somebody waits for goes

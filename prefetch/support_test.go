@@ -17,6 +17,7 @@ import (
 	"accel"
 
 	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
 )
 
@@ -91,6 +92,25 @@ func build(t testing.TB, r *rand.Rand, s shape) *fixture {
 	return f
 }
 
+// scatter puts the members so far from each other that each is a request of its own.
+func (f *fixture) scatter() {
+	for i := range f.chunks {
+		f.chunks[i].BlobOffset += int64(i) * maxWindowBytes
+	}
+}
+
+// scattered is the Source of a fixture whose members were scattered.
+func (f *fixture) scattered() sourceFunc {
+	return func(_ context.Context, offset, length int64) (answerBody, error) {
+		i := offset / maxWindowBytes
+		if i >= int64(len(f.chunks)) || f.chunks[i].BlobOffset != offset || f.chunks[i].BlobBytes != length {
+			return answerBody{}, fmt.Errorf("%w: %d bytes at %d", accel.ErrInvalid, length, offset)
+		}
+		at := offset - i*maxWindowBytes
+		return bodyOf(f.blob[at : at+length]), nil
+	}
+}
+
 // pool is compressible by about half.
 var pool = sync.OnceValue(func() []byte {
 	r := random(0)
@@ -119,6 +139,7 @@ type memory struct {
 	unsynced map[int]bool
 	synced   map[int]bool
 	putErr   func(i int) error // nil: none
+	syncErr  error             // of the next Sync, which loses what was put since the last
 	order    []int
 }
 
@@ -172,6 +193,15 @@ func (m *memory) Read(i int, p []byte) error {
 func (m *memory) Sync() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if err := m.syncErr; err != nil {
+		m.syncErr = nil
+		for i := range m.unsynced {
+			m.have[i] = nil
+			m.left++
+		}
+		clear(m.unsynced)
+		return err
+	}
 	for i := range m.unsynced {
 		m.synced[i] = true
 	}
@@ -342,8 +372,62 @@ func sleep(ctx context.Context, d time.Duration) error {
 // bed is a Filler that runs until the end of the test.
 type bed struct {
 	*Filler
-	t    testing.TB
-	stop func()
+	t       testing.TB
+	metrics *prometheus.Registry
+	stop    func()
+}
+
+// sums are what the metrics of a bed say, over all layers.
+type sums struct {
+	misses, failedMisses                      int64
+	demand, hot, background, skipped, fetched int64 // bytes; fetched are all that came from registries
+	retries, stalls, corrupt, overtakes       int64
+}
+
+func (b *bed) sums() (s sums) {
+	b.t.Helper()
+	families, err := b.metrics.Gather()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	for _, f := range families {
+		for _, m := range f.Metric {
+			if m.Counter == nil {
+				continue
+			}
+			n := int64(m.Counter.GetValue())
+			labels := map[string]string{}
+			for _, l := range m.Label {
+				labels[l.GetName()] = l.GetValue()
+			}
+			switch f.GetName() {
+			case "accel_fill_misses_total":
+				if s.misses += n; labels["result"] == "error" {
+					s.failedMisses += n
+				}
+			case "accel_fill_bytes_total":
+				if labels["source"] == "copy" {
+					continue
+				}
+				s.fetched += n
+				kinds := map[string]*int64{"demand": &s.demand, "hot": &s.hot, "background": &s.background}
+				if labels["source"] == "skipped" {
+					s.skipped += n
+				} else {
+					*kinds[labels["kind"]] += n
+				}
+			case "accel_fill_retries_total":
+				s.retries += n
+			case "accel_fill_stalls_total":
+				s.stalls += n
+			case "accel_fill_corrupt_chunks_total":
+				s.corrupt += n
+			case "accel_fill_overtakes_total":
+				s.overtakes += n
+			}
+		}
+	}
+	return s
 }
 
 func start(t testing.TB, o Options) *bed {
@@ -351,6 +435,8 @@ func start(t testing.TB, o Options) *bed {
 	if o.Log == nil {
 		o.Log = quiet()
 	}
+	registry := prometheus.NewRegistry()
+	o.Registerer = registry
 	f, err := New(o)
 	if err != nil {
 		t.Fatal(err)
@@ -358,7 +444,7 @@ func start(t testing.TB, o Options) *bed {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- f.Run(ctx) }()
-	b := &bed{Filler: f, t: t}
+	b := &bed{Filler: f, t: t, metrics: registry}
 	b.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {

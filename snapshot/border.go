@@ -47,7 +47,9 @@ func (d *Declined) Error() string { return "not lazily: " + d.Reason }
 
 // Mounts mounts layers.
 type Mounts interface {
-	// Mount mounts a layer for reading at target, an empty directory, before ctx ends.
+	// Mount mounts a layer for reading at target, a directory, before ctx ends. Where that layer is mounted there already it
+	// leaves a mount that works as it is, and puts a new one in the place of one that does not, with no moment without
+	// either: a reader must not see the empty directory below. What else is mounted there is an error.
 	Mount(ctx context.Context, layer digest.Digest, target string) error
 	// Unmount takes away everything that is mounted at target; that there is nothing is no error.
 	Unmount(ctx context.Context, target string) error

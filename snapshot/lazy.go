@@ -158,7 +158,7 @@ func (s *Snapshotter) place(ctx context.Context, key, parent, name string, label
 	if err != nil {
 		return err
 	}
-	r := newRemote(sn.ID, name, request, layer)
+	r := &remote{id: sn.ID, name: name, request: request, layer: layer}
 	s.mu.Lock()
 	s.remotes[sn.ID] = r
 	s.mu.Unlock()
@@ -169,11 +169,12 @@ func (s *Snapshotter) place(ctx context.Context, key, parent, name string, label
 			}
 		}
 	}()
-	if err := r.lock(ctx); err != nil {
+	unlock, err := s.turns.Lock(ctx, r.id)
+	if err != nil {
 		return &refusal{CauseTimeout, err}
 	}
 	err = s.pinAndMount(ctx, r, layer)
-	r.unlock()
+	unlock()
 	if err != nil {
 		return &refusal{CauseMount, err}
 	}

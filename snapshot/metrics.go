@@ -1,14 +1,13 @@
 package snapshot
 
 import (
-	"fmt"
+	"accel/internal/collectors"
 
 	"github.com/prometheus/client_golang/prometheus"
 )
 
 type metrics struct {
-	registerer prometheus.Registerer
-	collectors []prometheus.Collector
+	unregister func() // those of the gauges ask the snapshotter
 
 	answers  *prometheus.CounterVec
 	declined *prometheus.CounterVec
@@ -18,7 +17,6 @@ type metrics struct {
 
 func newMetrics(r prometheus.Registerer, s *Snapshotter) (*metrics, error) {
 	m := &metrics{
-		registerer: r,
 		answers: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "accel_snapshot_layers_total",
 			Help: "Layers that containerd asked for, by the answer (mounted, shared: mounted before, declined: containerd downloads it).",
@@ -38,7 +36,7 @@ func newMetrics(r prometheus.Registerer, s *Snapshotter) (*metrics, error) {
 			Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14),
 		}),
 	}
-	m.collectors = []prometheus.Collector{
+	all := []prometheus.Collector{
 		m.answers, m.declined, m.took, m.mounts,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "accel_snapshot_lazy", Help: "Layers that are mounted lazily.",
@@ -47,27 +45,9 @@ func newMetrics(r prometheus.Registerer, s *Snapshotter) (*metrics, error) {
 			Name: "accel_snapshot_bad", Help: "Lazy snapshots on which no container can start.",
 		}, func() float64 { return float64(len(s.Bad())) }),
 	}
-	if r == nil {
-		return m, nil
-	}
-	for i, c := range m.collectors {
-		if err := r.Register(c); err != nil {
-			m.collectors = m.collectors[:i]
-			m.unregister()
-			return nil, fmt.Errorf("register metrics: %w", err)
-		}
-	}
-	return m, nil
-}
-
-// unregister takes the metrics back: those of the gauges ask the snapshotter.
-func (m *metrics) unregister() {
-	if m.registerer == nil {
-		return
-	}
-	for _, c := range m.collectors {
-		m.registerer.Unregister(c)
-	}
+	var err error
+	m.unregister, err = collectors.Register(r, all...)
+	return m, err
 }
 
 func (m *metrics) answered(e Event) {

@@ -21,20 +21,13 @@ import (
 type remote struct {
 	id, name string
 	request  Request
-	turn     chan struct{} // holds one token while nobody mounts or unmounts it
-	gone     bool          // it was removed; guarded by the turn
+	gone     bool // it was removed; guarded by its turn
 
 	// Guarded by the Snapshotter's mu.
 	layer    digest.Digest
 	failed   string // why it could not be mounted, empty when it could
 	failedAt time.Time
 	aside    string // why it must not be used, empty when it may
-}
-
-func newRemote(id, name string, request Request, layer digest.Digest) *remote {
-	r := &remote{id: id, name: name, request: request, layer: layer, turn: make(chan struct{}, 1)}
-	r.turn <- struct{}{}
-	return r
 }
 
 // remoteOf makes one of what the metastore says.
@@ -47,22 +40,8 @@ func remoteOf(id string, info snapshots.Info) (*remote, error) {
 	if err != nil {
 		return nil, fmt.Errorf("image of snapshot %s: %w", info.Name, err)
 	}
-	r := newRemote(id, info.Name, request, layer)
-	r.aside = info.Labels[labelAside]
-	return r, nil
+	return &remote{id: id, name: info.Name, request: request, layer: layer, aside: info.Labels[labelAside]}, nil
 }
-
-// lock takes the turn.
-func (r *remote) lock(ctx context.Context) error {
-	select {
-	case <-r.turn:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-}
-
-func (r *remote) unlock() { r.turn <- struct{}{} }
 
 // remote is the lazy snapshot with that ID, nil where it is an ordinary one.
 func (s *Snapshotter) remote(id string) *remote {
@@ -118,11 +97,12 @@ func (s *Snapshotter) ensure(ctx context.Context, r *remote) error {
 	if mounted, err := mountedAt(s.upperPath(r.id)); mounted && err == nil {
 		return nil
 	}
-	if err := r.lock(ctx); err != nil {
+	unlock, err := s.turns.Lock(ctx, r.id)
+	if err != nil {
 		return err
 	}
-	defer r.unlock()
-	return s.mountLocked(ctx, r)
+	defer unlock()
+	return s.mountLocked(ctx, r, false)
 }
 
 // pinAndMount mounts a layer for a snapshot. The caller has the turn.
@@ -141,15 +121,15 @@ func (s *Snapshotter) pinAndMount(ctx context.Context, r *remote, layer digest.D
 	return nil
 }
 
-// mountLocked mounts a committed snapshot's layer where it is not mounted, and resolves it anew where it
-// cannot be. The caller has the turn.
-func (s *Snapshotter) mountLocked(ctx context.Context, r *remote) (err error) {
+// mountLocked mounts a committed snapshot's layer where it is not mounted, or in the place of what is and does not work
+// where renew is set, and resolves it anew where it cannot be. The caller has the turn.
+func (s *Snapshotter) mountLocked(ctx context.Context, r *remote, renew bool) (err error) {
 	target := s.upperPath(r.id)
 	mounted, dead := mountedAt(target)
 	if r.gone {
 		return fmt.Errorf("snapshot %s was removed", r.id)
 	}
-	if mounted && dead == nil {
+	if mounted && dead == nil && !renew {
 		return nil // another caller was quicker
 	}
 	defer func() { s.note(r, err) }()
@@ -165,6 +145,14 @@ func (s *Snapshotter) mountLocked(ctx context.Context, r *remote) (err error) {
 	first := s.pinAndMount(ctx, r, layer)
 	if first == nil || ctx.Err() != nil {
 		return first
+	}
+	if mounted { // and nothing goes into its place: an empty directory for a moment is better than errors for ever
+		if err := s.o.Mounts.Unmount(ctx, target); err != nil {
+			return errors.Join(first, err)
+		}
+		if first = s.pinAndMount(ctx, r, layer); first == nil || ctx.Err() != nil {
+			return first
+		}
 	}
 	// The content may be lost; resolving it brings it again, or the layer that stands for it now.
 	lazy, err := s.resolve(ctx, r.request)

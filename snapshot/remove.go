@@ -75,10 +75,11 @@ func (s *Snapshotter) discard(ctx context.Context, id string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoLimit)
 	defer cancel()
 	if r := s.remote(id); r != nil {
-		if err := r.lock(ctx); err != nil {
+		unlock, err := s.turns.Lock(ctx, id)
+		if err != nil {
 			return err
 		}
-		defer r.unlock()
+		defer unlock()
 		r.gone = true
 	}
 	if err := s.unmount(ctx, s.upperPath(id)); err != nil {

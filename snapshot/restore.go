@@ -147,7 +147,7 @@ func (s *Snapshotter) SetAside(ctx context.Context, id, reason string) error {
 }
 
 // Remount mounts a layer anew wherever it is mounted, because what served it is gone. Containers that run keep what
-// they have.
+// they have, and no new one sees a directory without the layer.
 func (s *Snapshotter) Remount(ctx context.Context, layer digest.Digest) error {
 	s.mu.Lock()
 	var all []*remote
@@ -161,12 +161,14 @@ func (s *Snapshotter) Remount(ctx context.Context, layer digest.Digest) error {
 	errs := make([]error, len(all))
 	for i, r := range all {
 		wg.Go(func() {
-			if errs[i] = r.lock(ctx); errs[i] != nil {
+			unlock, err := s.turns.Lock(ctx, r.id)
+			if err != nil {
+				errs[i] = err
 				return
 			}
-			defer r.unlock()
-			if errs[i] = s.unmount(ctx, s.upperPath(r.id)); errs[i] == nil {
-				errs[i] = s.mountLocked(ctx, r)
+			defer unlock()
+			if !r.gone {
+				errs[i] = s.mountLocked(ctx, r, true)
 			}
 		})
 	}

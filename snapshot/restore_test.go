@@ -229,13 +229,43 @@ func TestRemount(t *testing.T) {
 	b.check(os.Rename(b.layers.tree(layer), b.layers.tree(layer)+"-dead"))
 	b.check(os.Mkdir(b.layers.tree(layer), 0o755))
 	b.check(os.WriteFile(filepath.Join(b.layers.tree(layer), "a"), []byte("new"), 0o644))
+	gaps := 0
+	b.layers.set(func() { b.layers.unmount = func(string) error { gaps++; return nil } })
 	b.check(b.Remount(b.ctx, layer))
+	if b.layers.set(func() { b.layers.unmount = nil }); gaps > 0 {
+		t.Error("there was a moment without either mount")
+	}
 	m, err := b.Prepare(b.ctx, "container", top)
 	b.check(err)
 	if got := b.mounted(m, "a"); got != "new" {
 		t.Errorf("the container reads %q", got)
 	}
+	b.check(unix.Unmount(filepath.Dir(path), unix.MNT_DETACH)) // trees lay the new one over the old
 	b.consistent()
+}
+
+// TestRemountInPlaceFails: where the old mount cannot be replaced it is taken away, and what is mounted then is the layer that stands
+// for it now.
+func TestRemountInPlaceFails(t *testing.T) {
+	b := newBed(t)
+	layer, next := b.layers.add(t, map[string]string{"a": "one"}), b.layers.add(t, map[string]string{"a": "two"})
+	top := b.pull("r", layer)
+	b.layers.set(func() {
+		b.layers.mount = func(d digest.Digest, target string) error {
+			if mounted, err := mountedAt(target); mounted || d != next {
+				return errors.Join(errors.New("not here"), err)
+			}
+			return nil
+		}
+		b.layers.answer = func(context.Context, Request) (Lazy, error) { return Lazy{Layer: next}, nil }
+	})
+	b.check(b.Remount(b.ctx, layer))
+	b.layers.set(func() { b.layers.mount = nil })
+	m, err := b.Prepare(b.ctx, "container", top)
+	b.check(err)
+	if got := b.mounted(m, "a"); got != "two" {
+		t.Errorf("the container reads %q", got)
+	}
 }
 
 // TestVanishedMount: somebody unmounted a layer, and no container gets to see an empty one.

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"accel"
+	"accel/internal/keylock"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -64,6 +65,8 @@ type Snapshotter struct {
 	// making is held while a snapshot's directory and its row are made, and while directories without a
 	// row are looked for: a row that was not committed leaves its ID to the next.
 	making sync.Mutex
+
+	turns keylock.Mutex // to mount or unmount a lazy snapshot, by its ID
 
 	mu      sync.Mutex
 	remotes map[string]*remote // lazy snapshots, by ID; also such as are being made or removed

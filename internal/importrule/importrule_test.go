@@ -3,7 +3,9 @@
 package importrule
 
 import (
+	"os"
 	"os/exec"
+	"path"
 	"slices"
 	"strings"
 	"testing"
@@ -21,6 +23,7 @@ var may = map[string][]string{
 	"accel/readiness":           {"accel"},
 	"accel/readiness/boltstore": {"accel", "accel/readiness", "accel/internal/durable"},
 	"accel/readiness/storetest": {"accel", "accel/readiness"},
+	"accel/internal/collectors": {},
 	"accel/internal/boltfile":   {"accel/internal/durable"},
 	"accel/internal/deflate":    {},
 	"accel/internal/durable":    {},
@@ -28,9 +31,9 @@ var may = map[string][]string{
 	"accel/convert":             {"accel", "accel/internal/deflate"},
 	"accel/registry":            {"accel", "accel/internal/keylock"},
 	"accel/trust":               {"accel", "accel/internal/durable"},
-	"accel/cache":               {"accel", "accel/internal/durable"},
-	"accel/snapshot":            {"accel", "accel/internal/unixsocket"},
-	"accel/prefetch":            {"accel", "accel/internal/deflate"},
+	"accel/cache":               {"accel", "accel/internal/collectors", "accel/internal/durable"},
+	"accel/snapshot":            {"accel", "accel/internal/collectors", "accel/internal/keylock", "accel/internal/unixsocket"},
+	"accel/prefetch":            {"accel", "accel/internal/collectors", "accel/internal/deflate"},
 	"accel/lazyfs":              {"accel", "accel/internal/keylock"},
 	"accel/profile":             {"accel"},
 	"accel/profile/artifact":    {"accel", "accel/profile", "accel/registry"},
@@ -52,6 +55,76 @@ var may = map[string][]string{
 	"accel/bench/node":          {"accel", "accel/cache", "accel/bench/report", "accel/internal/testbed"},
 	"accel/bench/start":         {"accel", "accel/convert", "accel/profile", "accel/profile/artifact", "accel/registry", "accel/trust", "accel/bench/report", "accel/internal/debimage", "accel/internal/testbed", "accel/node"},
 	"accel/bench/serve":         {"accel", "accel/readiness", "accel/readiness/boltstore", "accel/convert", "accel/api", "accel/bench/report", "accel/internal/debimage"},
+}
+
+// ofTable is a row of the table in docs/design.md.
+type ofTable struct{ job, imports string }
+
+// readTable reads the rows by import paths.
+func readTable(t *testing.T) map[string]ofTable {
+	t.Helper()
+	raw, err := os.ReadFile("../../docs/design.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, found := strings.Cut(string(raw), "| package | its one job | may import |\n|---|---|---|\n")
+	if !found {
+		t.Fatal("docs/design.md has no table of packages")
+	}
+	rows := map[string]ofTable{}
+	for line := range strings.Lines(table) {
+		cells := strings.Split(strings.Trim(strings.TrimSpace(line), "|"), "|")
+		if len(cells) != 3 {
+			break
+		}
+		name := full(strings.TrimSpace(cells[0]))
+		if _, twice := rows[name]; twice {
+			t.Errorf("docs/design.md has %s twice", name)
+		}
+		rows[name] = ofTable{strings.TrimSpace(cells[1]), strings.TrimSpace(cells[2])}
+	}
+	return rows
+}
+
+// full is a package's import path, of its name in docs/design.md.
+func full(name string) string {
+	if name == "accel" || name == "accel (root)" {
+		return "accel"
+	}
+	return "accel/" + name
+}
+
+// TestDesign: docs/design.md says the same. Its table leaves out which internal packages the others import.
+func TestDesign(t *testing.T) {
+	rows := readTable(t)
+	for pkg, row := range rows {
+		if row.imports == "all" || row.imports == "tests only" {
+			continue
+		}
+		allowed, known := may[pkg]
+		if !known {
+			t.Errorf("docs/design.md has %s, which is not in this table", pkg)
+			continue
+		}
+		if !strings.HasPrefix(pkg, "accel/internal/") {
+			allowed = slices.DeleteFunc(slices.Clone(allowed), func(i string) bool { return strings.HasPrefix(i, "accel/internal/") })
+		}
+		var said []string
+		for _, name := range strings.Split(row.imports, ", ") {
+			if name != "nothing of ours" {
+				said = append(said, full(name))
+			}
+		}
+		if slices.Sort(said); !slices.Equal(said, slices.Sorted(slices.Values(allowed))) {
+			t.Errorf("docs/design.md lets %s import %v, this table %v", pkg, said, allowed)
+		}
+	}
+	for pkg := range may {
+		above := path.Dir(pkg)
+		if _, told := rows[pkg]; !told && above != "accel/bench" && !strings.Contains(rows[above].job, path.Base(pkg)+"/") {
+			t.Errorf("docs/design.md does not tell of %s", pkg)
+		}
+	}
 }
 
 func TestImports(t *testing.T) {
