@@ -92,7 +92,7 @@ func (p *predictor) java(real string, args []string) {
 	}
 	class := strings.ReplaceAll(main, ".", "/") + ".class"
 	for c := range strings.SplitSeq(classPath, ":") {
-		if p.r.err != nil || len(class) > maxPathBytes {
+		if p.r.err != nil || len(class) > MaxPathBytes {
 			return
 		}
 		if dir, ok := strings.CutSuffix(c, "*"); ok {

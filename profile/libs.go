@@ -171,7 +171,7 @@ func searchDirs(list, origin string) (dirs []string) {
 			continue
 		}
 		d = strings.NewReplacer("${ORIGIN}", origin, "$ORIGIN", origin, "${LIB}", "lib", "$LIB", "lib").Replace(d)
-		if path.IsAbs(d) && len(d) <= maxPathBytes {
+		if path.IsAbs(d) && len(d) <= MaxPathBytes {
 			dirs = append(dirs, d)
 		}
 	}

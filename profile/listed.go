@@ -100,7 +100,7 @@ func (t *Tree) listed(w *work, pattern string) []string {
 
 // glob is the names that a pattern matches, sorted. Symlinks on the way are followed.
 func (t *Tree) glob(w *work, pattern string) []string {
-	if len(pattern) > maxPathBytes {
+	if len(pattern) > MaxPathBytes {
 		return nil
 	}
 	found := []string{"/"}

@@ -31,7 +31,7 @@ func (n *nodeStart) choose(raw json.RawMessage, key string, required bool) strin
 			continue
 		}
 		to, part := conditional(values[k], required, 0), key[len(before):len(key)-len(after)]
-		if to != "" && len(to)+strings.Count(to, "*")*len(part) <= maxPathBytes {
+		if to != "" && len(to)+strings.Count(to, "*")*len(part) <= MaxPathBytes {
 			star, best = name, strings.ReplaceAll(to, "*", part)
 		}
 	}

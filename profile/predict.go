@@ -88,10 +88,10 @@ func (p *predictor) set(name, value string) {
 
 // changeDir is cd.
 func (p *predictor) changeDir(to string) {
-	if len(to) > maxPathBytes {
+	if len(to) > MaxPathBytes {
 		return
 	}
-	if dir := path.Join("/", p.inDir(to)); len(dir) <= maxPathBytes {
+	if dir := path.Join("/", p.inDir(to)); len(dir) <= MaxPathBytes {
 		p.cwd = dir
 	}
 }
@@ -129,7 +129,7 @@ func (p *predictor) whole(name string) *Entry {
 
 // inDir is a name as a program would mean it. One that is too long names nothing, and stays.
 func (p *predictor) inDir(name string) string {
-	if path.IsAbs(name) || len(name) > maxPathBytes {
+	if path.IsAbs(name) || len(name) > MaxPathBytes {
 		return name
 	}
 	return path.Join(p.cwd, name)
@@ -154,7 +154,7 @@ func (p *predictor) regular(name string) (*Entry, string) {
 // program finds what a shell would run under that name: its file, that one's real name,
 // and the path by which it was found.
 func (p *predictor) program(name string) (e *Entry, real, called string) {
-	if name == "" || len(name) > maxPathBytes {
+	if name == "" || len(name) > MaxPathBytes {
 		return nil, "", ""
 	}
 	if strings.Contains(name, "/") {

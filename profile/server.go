@@ -94,7 +94,7 @@ func (c *confs) file(name, prefix string) {
 
 // word follows one word of a configuration if it looks like a file's name.
 func (c *confs) word(word, dir, prefix string) {
-	if c.words--; c.words < 0 || !strings.ContainsAny(word, "./") || len(word) > maxPathBytes || word == "/" || word == "." || word == ".." {
+	if c.words--; c.words < 0 || !strings.ContainsAny(word, "./") || len(word) > MaxPathBytes || word == "/" || word == "." || word == ".." {
 		return
 	}
 	from := []string{"/"}

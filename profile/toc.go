@@ -149,7 +149,7 @@ func entryName(given string) (name string, counts bool, err error) {
 	if ownNames[name] {
 		return "", false, nil
 	}
-	if len(name) > maxPathBytes || strings.ContainsRune(name, 0) || !utf8.ValidString(name) {
+	if len(name) > MaxPathBytes || strings.ContainsRune(name, 0) || !utf8.ValidString(name) {
 		return "", false, fmt.Errorf("%w: TOC: name %.100q", accel.ErrInvalid, name)
 	}
 	return name, true, nil

@@ -343,7 +343,7 @@ func (t *Tree) resolve(w *work, name string) (e *Entry, real string) {
 const maxSteps = 4096
 
 func (t *Tree) walk(name string, followLast bool) (e *Entry, real string, steps int) {
-	if len(name) > maxPathBytes {
+	if len(name) > MaxPathBytes {
 		return nil, "", 1
 	}
 	at, parts := []*node{t.root}, make([]string, 0, 16)
@@ -367,7 +367,7 @@ func (t *Tree) walk(name string, followLast bool) (e *Entry, real string, steps 
 			return nil, "", steps
 		}
 		if n.entry.Kind == "symlink" && (followLast || more) {
-			if links++; links > maxLinks || len(n.entry.Link) > maxPathBytes {
+			if links++; links > maxLinks || len(n.entry.Link) > MaxPathBytes {
 				return nil, "", steps
 			}
 			if strings.HasPrefix(n.entry.Link, "/") {
