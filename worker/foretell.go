@@ -303,7 +303,7 @@ func (k *Worker) view(ctx context.Context, m accel.Mapping, local []v1.Layer) (*
 		return nil, err
 	}
 	v := &imageView{keep: map[inflatedKey][]byte{}, left: maxInflateBytes}
-	cache := &blocks{keep: map[blockKey][]byte{}}
+	cache := &blocks{keep: map[blockKey][]byte{}, left: maxFetchBytes}
 	b := profile.NewBuilder()
 	for n, l := range m.Layers {
 		if l.TOCDigest == "" { // passed through
@@ -400,6 +400,12 @@ func (k *Worker) images(ctx context.Context, repository string, src *registry.Ma
 		for _, d := range m.Manifests {
 			if !d.MediaType.IsImage() && !d.MediaType.IsIndex() {
 				continue
+			}
+			if d.MediaType.IsImage() { // those that were not converted need not be looked at
+				_, err := k.Tracker.Mapping(ctx, repository, digest.Digest(d.Digest.String()))
+				if errors.Is(err, accel.ErrNotFound) {
+					continue
+				}
 			}
 			child, err := k.Registry.Pull(ctx, repository, digest.Digest(d.Digest.String()))
 			if errors.Is(err, accel.ErrNotFound) {

@@ -34,6 +34,9 @@ const (
 	// maxInflateBytes bounds what is inflated for an image in all: a chunk may stand behind many others in its gzip
 	// member. Python with pandas and scipy takes 60 MB.
 	maxInflateBytes = 2 << 30
+	// maxFetchBytes bounds what a registry is asked for: small reads all over an image take a block each. TOCs come
+	// with it.
+	maxFetchBytes = 1 << 30
 )
 
 // layerView reads files out of one eStargz blob.
@@ -177,6 +180,7 @@ type remoteBlob struct {
 type blocks struct {
 	keep  map[blockKey][]byte
 	order []blockKey
+	left  int64 // bytes that may still be fetched
 }
 
 type blockKey struct {
@@ -206,6 +210,9 @@ func (r *remoteBlob) block(at int64) ([]byte, error) {
 		return b, nil
 	}
 	size := min(blockBytes, r.sizeBytes-at)
+	if r.cache.left -= size; r.cache.left < 0 {
+		return nil, fmt.Errorf("%w: its files lie so that reading them takes more than %d bytes of the registry", accel.ErrInvalid, maxFetchBytes)
+	}
 	from, err := r.source.Range(r.ctx, r.digest, r.sizeBytes, at, size)
 	if err != nil {
 		return nil, err

@@ -94,10 +94,10 @@ func (l *Ledger) NextPublication(ctx context.Context, may func(Image) bool) (Pub
 				return p, nil
 			}
 			l.taken.remove(manifest)
-			if !errors.Is(err, accel.ErrNotFound) {
+			if !errors.Is(err, accel.ErrNotFound) && !errors.Is(err, errNotDue) {
 				return Publication{}, err
 			}
-			continue // it made room meanwhile
+			continue // it made room meanwhile, or was published just then
 		}
 		timer := time.NewTimer(pause)
 		select {
@@ -148,8 +148,13 @@ func (l *Ledger) left(p Publication) {
 	l.wake()
 }
 
+var errNotDue = errors.New("the profile is not due to be published any more")
+
 func (l *Ledger) publication(ctx context.Context, manifest digest.Digest) (p Publication, err error) {
 	err = l.change(ctx, manifest, false, func(s *state) error {
+		if s.row.DueAt.IsZero() || s.row.DueAt.After(l.now()) {
+			return errNotDue
+		}
 		p = Publication{Manifest: manifest}
 		if served, ok := s.profile(partServed); ok {
 			p.Profile, p.Version = &served, s.row.Served.Version
