@@ -43,20 +43,22 @@ func TestHostileImages(t *testing.T) {
 		"variables that double":   {map[string]string{"bin/sh": bin, "c": double + ". /c\n" + double + "/$A $B\n"}, profile.Start{Cmd: []string{"sh", "/c", "x"}, Env: []string{"A=" + strings.Repeat("a", 1000)}}},
 		"arguments that double":   {map[string]string{"bin/sh": bin, "c": strings.Repeat(`. /c "$@" "$@"`+"\n"+`/c "$@" "$@" "$@" "$@" "$@" "$@"`+"\n", 500)}, profile.Start{Cmd: append([]string{"sh", "/c"}, strings.Fields(strings.Repeat("argument ", 900))...)}},
 		"arguments in one word":   {map[string]string{"bin/sh": bin, "c": strings.Repeat(`"$A$A$A$A$A$A$A$A" `, 100_000)}, profile.Start{Cmd: []string{"sh", "/c"}, Env: []string{"A=" + strings.Repeat("a", 120_000)}}},
-		"a directory that grows":  {map[string]string{"bin/sh": bin, "c": strings.Repeat("cd ./"+strings.Repeat("d", 200)+"\n", 9000), "d": "x"}, profile.Start{Cmd: []string{"sh", "/c"}}},
+		"a directory that grows":  {map[string]string{"bin/sh": bin, "c": strings.Repeat("cd ./"+strings.Repeat("d", 200)+"\n", 2000), "d": "x"}, profile.Start{Cmd: []string{"sh", "/c"}}},
 		"a path of a million":     {map[string]string{"bin/sh": bin, "c": strings.Repeat("program\n", 9000)}, profile.Start{Cmd: []string{"sh", "/c"}, Env: []string{"PATH=/bin:" + strings.Repeat(":", 100_000)}}},
 		"one import of a million": {map[string]string{"usr/bin/python3.11": bin, "usr/lib/python3.11/site.py": "import " + strings.Repeat("site,", 800_000) + "\nfrom x import " + strings.Repeat("y,", 50_000)}, profile.Start{Cmd: []string{"python3.11", "-m", "site"}}},
 		"exports of many stars": {map[string]string{
-			"usr/bin/node": bin, "node_modules/b/package.json": `{"exports":{"./*":"./` + strings.Repeat("*", 900_000) + `"}}`, "a.js": strings.Repeat("require('b/"+strings.Repeat("x", 180)+"')\n", 900),
+			"usr/bin/node": bin, "node_modules/b/package.json": `{"exports":{"./*":"./` + strings.Repeat("*", 100_000) + `"}}`, "a.js": strings.Repeat("require('b/"+strings.Repeat("x", 180)+"')\n", 100),
 		}, profile.Start{Cmd: []string{"node", "/a.js"}}},
 		"a jar of files that are not there": {map[string]string{"opt/jdk/bin/java": bin, "a.jar": strings.Repeat("PK\x01\x02", 40) + end}, profile.Start{Cmd: []string{"/opt/jdk/bin/java", "-jar", "/a.jar"}}},
 		"a cache of one long name":          {map[string]string{"bin/app": elf{interp: glibc, needed: []string{"lib0.so", "lib1.so"}}.String(), "lib64/ld-linux-x86-64.so.2": bin, "etc/ld.so.cache": ldCache(cache...)}, profile.Start{Cmd: []string{"/bin/app"}}},
 		"a configuration of words":          {map[string]string{"usr/sbin/nginx": bin, "etc/nginx/nginx.conf": "include /*/*/*;" + strings.Repeat("./a/* ", 150_000)}, profile.Start{Cmd: []string{"nginx"}}},
 	} {
-		v := imageOf(t, c.files)
-		if n := takes(func() { predicted(t, v, c.start) }); n > 1<<30 {
-			t.Errorf("%s takes %d MB", name, n>>20)
-		}
+		t.Run(name, func(t *testing.T) {
+			v := imageOf(t, c.files)
+			if n := takes(func() { predicted(t, v, c.start) }); n > 1<<30 {
+				t.Errorf("it takes %d MB", n>>20)
+			}
+		})
 	}
 }
 
@@ -148,7 +150,7 @@ type endless struct {
 
 func (e *endless) Read(p []byte) (n int, err error) {
 	for n < len(p) {
-		from := e.again
+		var from string
 		if at := int(e.n); at < len(e.begin) {
 			from = e.begin[at:]
 		} else {
@@ -168,11 +170,9 @@ func TestHostileTOCs(t *testing.T) {
 		begin, again string
 		mostBytes    int64
 	}{
-		"a name without an end":    {`{"entries":[{"name":"`, "a", 16 << 20},
-		"another value":            {`{"x":[`, `"aaaa",`, 16 << 20},
-		"files without an end":     {`{"entries":[{"name":"a"}`, `,{"name":"a","type":"reg"}`, 128 << 20},
-		"chunks without an end":    {`{"entries":[{"name":"a","type":"reg","size":1000000000,"offset":1,"chunkSize":1}`, `,{"name":"a","type":"chunk","offset":2}`, 128 << 20},
-		"whiteouts without an end": {`{"entries":[{"name":"a"}`, `,{"name":".wh..wh..opq","type":"reg"}`, 64 << 20},
+		"a name without an end":                      {`{"entries":[{"name":"`, "a", 16 << 20},
+		"another value":                              {`{"x":[`, `"aaaa",`, 16 << 20},
+		"files, chunks and whiteouts without an end": {`{"entries":[{"name":"a"}`, `,{"name":"a","type":"reg","size":9,"offset":1},{"name":"a","type":"chunk","offset":2},{"name":".wh..wh..opq","type":"reg"}`, 128 << 20},
 	} {
 		r := &endless{begin: c.begin, again: c.again}
 		if err := profile.NewBuilder().Add(t.Context(), r); !errors.Is(err, accel.ErrInvalid) || r.n > c.mostBytes {

@@ -158,8 +158,9 @@ func (r *rubyStart) source(text, dir string, depth int) {
 		name     string
 		relative bool
 	}
-	var loads []load
-	for _, m := range rubyRequire.FindAllStringSubmatch(text, maxJSImports) {
+	found := rubyRequire.FindAllStringSubmatch(text, maxJSImports)
+	loads := make([]load, 0, len(found))
+	for _, m := range found {
 		loads = append(loads, load{strings.Clone(m[2]), m[1] == "require_relative"}) // the text is not kept while others are read
 	}
 	for _, l := range loads {

@@ -35,7 +35,6 @@ var buckets = [][]byte{bucketImages, bucketParts, bucketUsed, bucketDue, bucketB
 var indexes = [][]byte{bucketUsed, bucketDue, bucketByImage, bucketByRepository}
 
 var (
-	keyFormat = []byte("format")
 	keyImages = []byte("images")
 	keyBytes  = []byte("bytes")
 )
