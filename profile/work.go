@@ -23,8 +23,8 @@ type work struct {
 
 const (
 	// maxWork bounds a prediction: a step of a lookup, a name that is listed and a byte that is made cost
-	// one each. Python with pandas and scipy takes 2 M; all of it takes a few seconds.
-	maxWork = 64 << 20
+	// one each. Python with pandas and scipy takes 0.1 M, Ruby with sinatra 0.2 M; all of it takes seconds.
+	maxWork = 32 << 20
 	// maxListWork bounds a list that people write.
 	maxListWork = 16 << 20
 	// workUnseen is done in less than a millisecond.

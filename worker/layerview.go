@@ -32,7 +32,7 @@ const (
 	// steps.
 	maxInflatedBytes = 32 << 20
 	// maxInflateBytes bounds what is inflated for an image in all: a chunk may stand behind many others in its gzip
-	// member. Python with pandas and scipy takes 60 MB.
+	// member. Python with pandas and scipy takes 51 MB.
 	maxInflateBytes = 2 << 30
 	// maxFetchBytes bounds what a registry is asked for: small reads all over an image take a block each. TOCs come
 	// with it.
