@@ -57,6 +57,8 @@ type Options struct {
 	Ledger *meter.Ledger
 	// Profiles has what starts of images read; nil: these routes are absent.
 	Profiles *ledger.Ledger
+	// Lister looks up paths that are listed for a profile; nil: that route is absent.
+	Lister Lister
 	// Tokens that are accepted. Without any, Open must say that none is needed.
 	Tokens []Token
 	Open   bool
@@ -136,6 +138,9 @@ func New(o Options) (http.Handler, error) {
 	}
 	if s.Profiles != nil {
 		s.profileRoutes(routes)
+		if s.Lister != nil {
+			s.listRoute(routes)
+		}
 	}
 
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })

@@ -23,8 +23,8 @@ const (
 	ScopeRead Scope = "read"
 	// ScopeWrite: submit, retry and delete too. Not: speak for a node.
 	ScopeWrite Scope = "write"
-	// ScopeNode: speak for the nodes of Token.Nodes, ask what is said of them, and for the signed
-	// mappings of manifests whose digest is known; nothing else.
+	// ScopeNode: speak for the nodes of Token.Nodes (heartbeats, pulls, starts), ask what is said of them, and for the
+	// signed mappings and the profiles of manifests whose digest is known; nothing else.
 	ScopeNode Scope = "node"
 )
 

@@ -74,23 +74,33 @@ type answerError struct {
 
 func (e answerError) Unwrap() error { return e.error }
 
+// rawBody is a request's body that is not JSON of a Go value.
+type rawBody struct {
+	contentType string
+	content     []byte
+}
+
 func (c *Client) request(ctx context.Context, method, path string, query url.Values, body any) (*http.Request, error) {
 	u := c.base.JoinPath(path)
 	u.RawQuery = query.Encode()
 	var content io.Reader
-	if body != nil {
-		raw, err := json.Marshal(body)
+	raw, isRaw := body.(rawBody)
+	if body != nil && !isRaw {
+		encoded, err := json.Marshal(body)
 		if err != nil {
 			return nil, err
 		}
-		content = bytes.NewReader(raw)
+		raw = rawBody{"application/json", encoded}
+	}
+	if body != nil {
+		content = bytes.NewReader(raw.content)
 	}
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), content)
 	if err != nil {
 		return nil, err
 	}
 	if body != nil {
-		req.Header.Set("Content-Type", "application/json")
+		req.Header.Set("Content-Type", raw.contentType)
 	}
 	if c.token != "" {
 		req.Header.Set("Authorization", "Bearer "+c.token)

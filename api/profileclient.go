@@ -1,7 +1,6 @@
 package api
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -26,29 +25,6 @@ type StartReceipt struct {
 	WantMore bool `json:"wantMore" doc:"more recordings of this image would make its profile better"`
 }
 
-// rawBody is a request's body that is not JSON of a Go value.
-type rawBody struct {
-	contentType string
-	content     []byte
-}
-
-func (c *Client) doRaw(ctx context.Context, method, path string, query url.Values, body rawBody, out any) error {
-	req, err := c.request(ctx, method, path, query, nil)
-	if err != nil {
-		return err
-	}
-	if body.content != nil {
-		raw, err := http.NewRequestWithContext(ctx, method, req.URL.String(), bytes.NewReader(body.content))
-		if err != nil {
-			return err
-		}
-		raw.Header = req.Header
-		raw.Header.Set("Content-Type", body.contentType)
-		req = raw
-	}
-	return c.send(req, out)
-}
-
 func profilePath(manifest digest.Digest) string {
 	return "/v1/profiles/" + url.PathEscape(manifest.String())
 }
@@ -57,7 +33,7 @@ func profilePath(manifest digest.Digest) string {
 // is none.
 func (c *Client) Profile(ctx context.Context, manifest digest.Digest) (accel.Profile, error) {
 	var raw json.RawMessage
-	if err := c.doRaw(ctx, http.MethodGet, profilePath(manifest), nil, rawBody{}, &raw); err != nil {
+	if err := c.do(ctx, http.MethodGet, profilePath(manifest), nil, nil, &raw); err != nil {
 		return accel.Profile{}, err
 	}
 	p, err := profile.Decode(raw)
@@ -76,7 +52,7 @@ func (c *Client) ReportStart(ctx context.Context, node string, r profile.Report)
 		return receipt, err
 	}
 	q := url.Values{"node": {node}}
-	return receipt, c.doRaw(ctx, http.MethodPost, profilePath(r.Manifest)+"/starts", q, rawBody{"application/json", b}, &receipt)
+	return receipt, c.do(ctx, http.MethodPost, profilePath(r.Manifest)+"/starts", q, rawBody{"application/json", b}, &receipt)
 }
 
 // ImportProfile gives a source PLATFORM manifest a profile, which stands until starts have been
@@ -88,7 +64,17 @@ func (c *Client) ImportProfile(ctx context.Context, manifest digest.Digest, p ac
 	if err != nil {
 		return s, err
 	}
-	return s, c.doRaw(ctx, http.MethodPut, profilePath(manifest), nil, rawBody{profile.MediaType, b}, &s)
+	return s, c.do(ctx, http.MethodPut, profilePath(manifest), nil, rawBody{profile.MediaType, b}, &s)
+}
+
+// ListPaths lists files that starts of a source PLATFORM manifest read: names, directories and patterns, in place of those
+// that were listed before; none takes them away. accel.ErrNotFound where the server knows no such image, accel.ErrInvalid
+// where none of them means a file of it.
+func (c *Client) ListPaths(ctx context.Context, manifest digest.Digest, paths []string) (l ListedProfile, err error) {
+	if paths == nil {
+		paths = []string{}
+	}
+	return l, c.do(ctx, http.MethodPut, profilePath(manifest)+"/paths", nil, PathList{Paths: paths}, &l)
 }
 
 // RemoveProfile forgets the profile of a source PLATFORM manifest with all recorded starts.

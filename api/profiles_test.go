@@ -1,6 +1,8 @@
 package api_test
 
 import (
+	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -132,11 +134,111 @@ func TestHostileProfileRequests(t *testing.T) {
 	}
 }
 
+// lister looks nothing up: it lists what it is given, as files of the first layer.
+type lister struct {
+	*ledger.Ledger
+	err error
+}
+
+func (l *lister) ListPaths(ctx context.Context, manifest digest.Digest, paths []string) (unmatched []string, err error) {
+	if l.err != nil {
+		return nil, l.err
+	}
+	var items []accel.ProfileItem
+	for _, p := range paths {
+		if name := strings.TrimPrefix(p, "/"); strings.HasPrefix(name, "no/") {
+			unmatched = append(unmatched, p)
+		} else {
+			items = append(items, accel.ProfileItem{Path: name, Bytes: 5})
+		}
+	}
+	return unmatched, l.List(ctx, manifest, items)
+}
+
+// withLister gives the bed a lister beside its profiles.
+func withLister(l *lister) func(*api.Options) {
+	return func(o *api.Options) { l.Ledger, o.Lister = o.Profiles, l }
+}
+
+func TestPathsAreListedOverHTTP(t *testing.T) {
+	l := &lister{}
+	b := newBed(t, withProfiles(t, digest.FromString("index")), withLister(l))
+	paths := []string{"/etc/app", "lib/x.so"}
+	for n := range 30 {
+		paths = append(paths, fmt.Sprint("no/", n))
+	}
+	got, err := b.client.ListPaths(b.ctx, amd64, paths)
+	must(t, err)
+	if got.UnmatchedCount != 30 || len(got.Unmatched) != 20 || got.Items != 3 || got.Platform != "linux/amd64" || got.Origin != accel.ProfilePredicted {
+		t.Errorf("%+v", got)
+	}
+	if got, err = b.client.ListPaths(b.ctx, amd64, nil); err != nil || got.Items != 1 {
+		t.Errorf("an empty list leaves %+v, %v", got, err)
+	}
+	if _, err := b.client.ListPaths(b.ctx, digest.FromString("other"), paths); !errors.Is(err, accel.ErrNotFound) {
+		t.Errorf("paths of an unknown image: %v", err)
+	}
+	at := "/v1/profiles/" + amd64.String() + "/paths"
+	list := func(paths ...string) string {
+		raw, err := json.Marshal(api.PathList{Paths: paths})
+		must(t, err)
+		return string(raw)
+	}
+	for what, c := range map[string]struct {
+		path, body string
+		status     int
+	}{
+		"no digest":        {"/v1/profiles/nonsense/paths", list("/a"), 400},
+		"no list":          {at, `{}`, 422},
+		"null":             {at, `{"paths":null}`, 422},
+		"text":             {at, `{"paths":"/a"}`, 422},
+		"no JSON":          {at, `/a`, 400},
+		"a zero byte":      {at, list("/a\x00b"), 400},
+		"an empty path":    {at, list("/a", " "), 400},
+		"a long path":      {at, list(strings.Repeat("a/", 3000)), 400},
+		"too many bytes":   {at, list(long(4000)...), 400},
+		"too many paths":   {at, `{"paths":["` + strings.Repeat(`a","`, profile.MaxListed+1) + `a"]}`, 422},
+		"a million paths":  {at, `{"paths":["` + strings.Repeat(`a","`, 1_000_000) + `a"]}`, 413},
+		"one path of 8 MB": {at, list(strings.Repeat("a", 8<<20)), 413},
+	} {
+		if status, _, body := b.do(http.MethodPut, c.path, c.body); status != c.status {
+			t.Errorf("%s: %d %.200s, want %d", what, status, body, c.status)
+		}
+	}
+	for name, c := range map[string]struct {
+		err    error
+		status int
+	}{
+		"too slow":               {fmt.Errorf("read: %w", context.DeadlineExceeded), 503},
+		"refused by a registry":  {fmt.Errorf("%w: no credentials", accel.ErrUnauthenticated), 502},
+		"nothing of the image":   {fmt.Errorf("%w: none", accel.ErrInvalid), 400},
+		"no converted form":      {fmt.Errorf("%w: it is not there", accel.ErrNotFound), 404},
+		"whatever else there is": {errors.New("secret words"), 502},
+	} {
+		l.err = c.err
+		if status, _, body := b.do(http.MethodPut, at, list("/a")); status != c.status || strings.Contains(body, "secret") {
+			t.Errorf("%s: %d %s, want %d", name, status, body, c.status)
+		}
+	}
+	if _, _, spec := b.do(http.MethodGet, "/openapi.json", ""); !strings.Contains(spec, `"list-profile-paths"`) {
+		t.Error("the OpenAPI document does not have it")
+	}
+}
+
+// long is 300 paths of n bytes each: more than a list may have.
+func long(n int) []string {
+	paths := make([]string, 300)
+	for k := range paths {
+		paths[k] = "/" + strings.Repeat("x", n-1)
+	}
+	return paths
+}
+
 func TestWhoMayDoWhatWithProfiles(t *testing.T) {
 	token := func(name string, scope api.Scope, nodes ...string) api.Token {
 		return api.Token{Name: name, Scope: scope, Nodes: nodes, SHA256: api.HashToken(name)}
 	}
-	b := newBed(t, withProfiles(t, digest.FromString("index")), func(o *api.Options) {
+	b := newBed(t, withProfiles(t, digest.FromString("index")), withLister(&lister{}), func(o *api.Options) {
 		o.Open = false
 		o.Tokens = []api.Token{token("writer", api.ScopeWrite), token("reader", api.ScopeRead), token("web", api.ScopeNode, "web-*")}
 	})
@@ -152,7 +254,7 @@ func TestWhoMayDoWhatWithProfiles(t *testing.T) {
 		return err.Error()
 	}
 	for _, who := range []struct{ name, want string }{
-		{"web", "yes yes no no no"}, {"reader", "yes no no no no"}, {"stranger", "who? who? who? who? who?"}, {"writer", "yes no no yes yes"},
+		{"web", "yes yes no no no no"}, {"reader", "yes no no no no no"}, {"stranger", "who? who? who? who? who? who?"}, {"writer", "yes no no yes yes yes"},
 	} {
 		c, err := api.NewClient(b.url, api.WithToken(who.name), api.WithHTTPClient(b.http))
 		must(t, err)
@@ -160,8 +262,9 @@ func TestWhoMayDoWhatWithProfiles(t *testing.T) {
 		_, own := c.ReportStart(b.ctx, "web-1", startReport(1))
 		_, others := c.ReportStart(b.ctx, "db-1", startReport(2))
 		_, put := c.ImportProfile(b.ctx, amd64, p)
+		_, listed := c.ListPaths(b.ctx, amd64, []string{"/a"})
 		_, removed := c.RemoveProfile(b.ctx, amd64)
-		if got := strings.Join([]string{kind(getErr), kind(own), kind(others), kind(put), kind(removed)}, " "); got != who.want {
+		if got := strings.Join([]string{kind(getErr), kind(own), kind(others), kind(put), kind(listed), kind(removed)}, " "); got != who.want {
 			t.Errorf("%s: %s, want %s", who.name, got, who.want)
 		}
 	}

@@ -139,11 +139,7 @@ func (l *Lazy) plan(img *image, f found) (*wave, []prefetch.Piece, error) {
 		for i := r.First; i < r.First+r.N; i++ {
 			bytes += open[r.Layer].Chunk(i).Bytes
 		}
-		// What lies between hot chunks comes along, and counts here.
-		if w.PlannedBytes += bytes; limits.HotBytes > 0 && w.PlannedBytes > limits.HotBytes {
-			w.PlannedBytes -= bytes
-			break
-		}
+		w.PlannedBytes += bytes
 		pieces = append(pieces, prefetch.Piece{Digest: d, First: r.First, N: r.N})
 		w.chunks[d] = append(w.chunks[d], span{r.First, r.N})
 		w.Requests++
@@ -167,7 +163,7 @@ func layoutLayer(d digest.Digest, made *lazyfs.Layout, n int, items []accel.Prof
 	slices.SortFunc(entries, func(a, b lazyfs.Entry) int {
 		return cmp.Or(cmp.Compare(a.Offset, b.Offset), cmp.Compare(a.InnerOffset, b.InnerOffset))
 	})
-	return profile.NewLayerOf(d, func(do func(profile.TOCEntry) error) error {
+	return profile.NewLayer(d, func(do func(profile.TOCEntry) error) error {
 		for _, e := range entries {
 			if err := do(profile.TOCEntry(e)); err != nil {
 				return err
@@ -187,7 +183,7 @@ func profileLayer(d digest.Digest, f cache.LayerFiles, t *lazyfs.Table) (*profil
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", d, err)
 	}
-	return profile.NewLayerOf(d, func(do func(profile.TOCEntry) error) error {
+	return profile.NewLayer(d, func(do func(profile.TOCEntry) error) error {
 		return lazyfs.EachEntry(toc, func(e lazyfs.Entry) error { return do(profile.TOCEntry(e)) })
 	}, t)
 }

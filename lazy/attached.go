@@ -32,19 +32,8 @@ func (l *Lazy) attachedTo(ctx context.Context, source *registry.Source, manifest
 	a := &attached{source: source, manifest: manifest, done: make(chan struct{})}
 	l.work.Go(func() {
 		defer close(a.done)
-		if a.all, a.err = source.Referrers(ctx, manifest, ""); a.err != nil {
+		if a.all, a.err = source.Referrers(ctx, manifest, accel.MediaTypeMapping, accel.MediaTypeProfile); a.err != nil {
 			a.err = fmt.Errorf("list what refers to %s: %w", manifest, a.err)
-			return
-		}
-		unknown := 0
-		for i := range a.all {
-			// A registry that has looked at the config alone.
-			if d := &a.all[i]; d.ArtifactType == ocispec.MediaTypeEmptyJSON && unknown < maxCandidates {
-				unknown++
-				if m, err := artifactOf(ctx, source, digest.Digest(d.Digest.String())); err == nil {
-					d.ArtifactType, d.Annotations = m.ArtifactType, m.Annotations
-				}
-			}
 		}
 	})
 	return a

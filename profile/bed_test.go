@@ -165,10 +165,29 @@ func layerOf(t testing.TB, entries ...*estargz.TOCEntry) *layer {
 // named is l with the lookup by name.
 func (l *layer) named(t testing.TB) *profile.Layer {
 	t.Helper()
-	n, err := profile.NewLayer(digest.FromBytes(l.toc), l.toc, l)
+	n, err := joined(l.toc, l)
 	must(t, err)
 	return n
 }
+
+// joined is a layer whose TOC is read by the standard library.
+func joined(toc []byte, table profile.Table) (*profile.Layer, error) {
+	return profile.NewLayer(digest.FromBytes(toc), func(do func(profile.TOCEntry) error) error {
+		var all estargz.JTOC
+		if err := json.Unmarshal(toc, &all); err != nil {
+			return fmt.Errorf("%w: %w", accel.ErrInvalid, err)
+		}
+		for _, e := range all.Entries {
+			if err := do(profile.TOCEntry{Name: e.Name, Type: e.Type, LinkName: e.LinkName, Size: e.Size, Offset: e.Offset, InnerOffset: e.InnerOffset, Digest: digest.Digest(e.Digest)}); err != nil {
+				return err
+			}
+		}
+		return nil
+	}, table)
+}
+
+// digest is the layer's.
+func (l *layer) digest() digest.Digest { return digest.FromBytes(l.toc) }
 
 func treeOf(t testing.TB, layers ...*layer) *profile.Tree {
 	t.Helper()
@@ -176,7 +195,7 @@ func treeOf(t testing.TB, layers ...*layer) *profile.Tree {
 	for _, l := range layers {
 		tocs = append(tocs, l.toc)
 	}
-	tree, err := profile.NewTree(tocs)
+	tree, err := profile.NewTree(t.Context(), tocs)
 	must(t, err)
 	return tree
 }

@@ -3,6 +3,7 @@ package profile
 import (
 	"bytes"
 	"path"
+	"slices"
 	"strings"
 )
 
@@ -12,13 +13,26 @@ const (
 	maxCommands = 64
 	// maxDepth bounds programs that run programs.
 	maxDepth = 8
-	maxArgs  = 1000
+	// maxArgs and maxArgBytes bound a command line; each word is bounded by maxWordBytes too.
+	maxArgs     = 1000
+	maxArgBytes = 1 << 20
 )
+
+// fits says that a command line is within the bounds.
+func fits(argv []string) bool {
+	bytes := 0
+	for _, a := range argv[:min(len(argv), maxArgs)] {
+		if bytes += len(a); len(a) > maxWordBytes || bytes > maxArgBytes {
+			return false
+		}
+	}
+	return len(argv) <= maxArgs
+}
 
 // run predicts a command: the program, its interpreter, and what its arguments make
 // it read.
 func (p *predictor) run(argv []string, depth int) {
-	if len(argv) == 0 || depth > maxDepth || len(argv) > maxArgs || p.r.err != nil {
+	if len(argv) == 0 || depth > maxDepth || !fits(argv) || p.r.err != nil {
 		return
 	}
 	if p.commands++; p.commands > maxCommands {
@@ -168,23 +182,18 @@ func (p *predictor) script(text string, args []string, depth int) {
 	cwd := p.cwd
 	defer func() { p.cwd = cwd }()
 	ran := map[string]bool{}
-	for _, words := range shellCommands(text, func(name string) (string, bool) { v, ok := p.env[name]; return v, ok }) {
-		words = p.simple(words)
-		if len(words) == 0 {
-			continue
+	for _, words := range shellCommands(p.r.work, text, func(name string) (string, bool) { v, ok := p.env[name]; return v, ok }) {
+		if p.commands > maxCommands || p.r.err != nil {
+			return
 		}
-		for n := len(words) - 1; n >= 0; n-- {
-			if words[n] == allArguments {
-				words = append(append(append([]string(nil), words[:n]...), args...), words[n+1:]...)
-			}
-		}
-		if len(words) == 0 || len(words) > maxArgs {
+		words = withArguments(p.simple(words), args)
+		if len(words) == 0 || !fits(words) || !p.r.spend(len(words)) {
 			continue
 		}
 		switch words[0] {
 		case "cd":
 			if len(words) > 1 {
-				p.cwd = p.inDir(words[1])
+				p.changeDir(words[1])
 			}
 			continue
 		case ".", "source":
@@ -203,6 +212,25 @@ func (p *predictor) script(text string, args []string, depth int) {
 	}
 }
 
+// withArguments puts args where a command says "$@"; nil where that makes too many words.
+func withArguments(words, args []string) []string {
+	if !slices.Contains(words, allArguments) {
+		return words
+	}
+	var all []string
+	for _, w := range words {
+		more := []string{w}
+		if w == allArguments {
+			more = args
+		}
+		if len(all)+len(more) > maxArgs {
+			return nil
+		}
+		all = append(all, more...)
+	}
+	return all
+}
+
 // simple takes what is not the command itself from a simple command's front, and keeps
 // the variables that it sets.
 func (p *predictor) simple(words []string) []string {
@@ -215,9 +243,7 @@ func (p *predictor) simple(words []string) []string {
 			if !ok || !isName(k) {
 				return words
 			}
-			if len(p.env) < 1000 {
-				p.env[k] = v
-			}
+			p.set(k, v)
 			words = words[1:]
 		}
 	}

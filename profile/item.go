@@ -19,8 +19,8 @@ const (
 	MaxHotBytes = 1 << 30
 	// maxLayers: overlayfs mounts no more than 500, Docker makes no more than 127.
 	maxLayers = 512
-	// maxPathBytes is the kernel's PATH_MAX.
-	maxPathBytes = 4096
+	// MaxPathBytes is the longest name: the kernel's PATH_MAX.
+	MaxPathBytes = 4096
 	// maxLinks is how many links a lookup follows, as in the kernel.
 	maxLinks = 40
 	// maxFileBytes is the largest file that there may be.
@@ -56,7 +56,7 @@ func check(i Item) error {
 }
 
 func validPath(p string) bool {
-	return p != "" && p != "." && len(p) <= maxPathBytes && p[0] != '/' && p != ".." && !strings.HasPrefix(p, "../") &&
+	return p != "" && p != "." && len(p) <= MaxPathBytes && p[0] != '/' && p != ".." && !strings.HasPrefix(p, "../") &&
 		path.Clean(p) == p && utf8.ValidString(p) && !strings.ContainsRune(p, 0)
 }
 

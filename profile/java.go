@@ -1,10 +1,7 @@
 package profile
 
 import (
-	"archive/zip"
-	"bytes"
 	"encoding/binary"
-	"io"
 	"path"
 	"strings"
 )
@@ -14,8 +11,6 @@ const (
 	// maxWholeJarBytes: of larger jars only the directory and the beginning.
 	maxWholeJarBytes = 32 << 20
 	jarHeadBytes     = 8 << 20
-	maxJarDirBytes   = 4 << 20 // 50,000 files
-	maxManifestBytes = 256 << 10
 	// sharedlessBytes of the classes' file are read at its beginning where the JVM has no
 	// archive of the classes that every program needs.
 	sharedlessBytes = 16 << 20
@@ -53,6 +48,8 @@ func (p *predictor) java(real string, args []string) {
 	options := strings.Fields(p.env["JDK_JAVA_OPTIONS"] + " " + p.env["JAVA_TOOL_OPTIONS"])
 	options = append(options, args...)
 	classPath, jar, main := p.env["CLASSPATH"], "", ""
+	// A variable may hold as many words as it has room for.
+	options = options[:min(len(options), 2*maxArgs)]
 	for k := 0; k < len(options); k++ {
 		o := options[k]
 		name, value, _ := strings.Cut(o, "=")
@@ -93,9 +90,13 @@ func (p *predictor) java(real string, args []string) {
 	if classPath == "" {
 		classPath = "."
 	}
+	class := strings.ReplaceAll(main, ".", "/") + ".class"
 	for c := range strings.SplitSeq(classPath, ":") {
+		if p.r.err != nil || len(class) > MaxPathBytes {
+			return
+		}
 		if dir, ok := strings.CutSuffix(c, "*"); ok {
-			for _, name := range p.tree.Names(p.inDir(dir)) {
+			for _, name := range p.names(p.inDir(dir)) {
 				if strings.HasSuffix(strings.ToLower(name), ".jar") {
 					j.jar(path.Join(p.inDir(dir), name))
 				}
@@ -103,7 +104,7 @@ func (p *predictor) java(real string, args []string) {
 			continue
 		}
 		j.jar(p.inDir(c))
-		p.whole(path.Join(p.inDir(c), strings.ReplaceAll(main, ".", "/")+".class"))
+		p.whole(path.Join(p.inDir(c), class))
 	}
 }
 
@@ -147,65 +148,17 @@ func (j *javaStart) jar(name string) {
 		return
 	}
 	j.jars[e] = true
-	offset, bytes := j.directory(e)
-	j.p.part(e, offset, bytes+64<<10)
+	z := j.p.readZip(e)
+	j.p.part(e, z.offset, z.bytes+zipTailBytes)
 	if e.Size <= maxWholeJarBytes {
 		j.p.entry(e)
 	} else {
 		j.p.part(e, 0, jarHeadBytes)
 	}
-	if bytes == 0 {
-		return
-	}
-	for _, other := range j.classPath(e) {
+	list := z.classPath(j.p)
+	for other := range strings.FieldsSeq(list) {
 		if !strings.Contains(other, ":") {
 			j.jar(path.Join("/", path.Dir(real), other))
 		}
 	}
-}
-
-// directory is where a zip file lists its files; 0 bytes where there is no list, or a
-// huge one.
-func (j *javaStart) directory(e *Entry) (offset, n int64) {
-	const endBytes = 22
-	from := max(0, e.Size-(64<<10)-endBytes)
-	tail := j.p.r.at(e, from, e.Size-from)
-	at := bytes.LastIndex(tail, []byte("PK\x05\x06"))
-	if at < 0 || len(tail)-at < endBytes {
-		return 0, 0
-	}
-	n, offset = int64(binary.LittleEndian.Uint32(tail[at+12:])), int64(binary.LittleEndian.Uint32(tail[at+16:]))
-	if n > maxJarDirBytes || offset > e.Size-n {
-		return 0, 0
-	}
-	return offset, n
-}
-
-// classPath is the Class-Path of a jar's manifest.
-func (j *javaStart) classPath(e *Entry) []string {
-	z, err := zip.NewReader(&readerAt{r: j.p.r, e: e}, e.Size)
-	if err != nil {
-		return nil
-	}
-	for _, f := range z.File {
-		if f.Name != "META-INF/MANIFEST.MF" {
-			continue
-		}
-		r, err := f.Open()
-		if err != nil {
-			return nil
-		}
-		defer r.Close()
-		b, err := io.ReadAll(io.LimitReader(r, maxManifestBytes))
-		if err != nil {
-			return nil
-		}
-		text := strings.ReplaceAll(strings.ReplaceAll(string(b), "\r\n", "\n"), "\n ", "") // lines of 72 bytes
-		for line := range strings.Lines(text) {
-			if list, ok := strings.CutPrefix(line, "Class-Path:"); ok {
-				return strings.Fields(list)
-			}
-		}
-	}
-	return nil
 }

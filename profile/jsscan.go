@@ -104,7 +104,7 @@ func (s *jsScanner) literal(text string) {
 	if text == "" || (!required && word != "import" && (word != "from" || !s.from)) {
 		return
 	}
-	i := jsImport{name: text, required: required}
+	i := jsImport{name: strings.Clone(text), required: required} // the source is not kept while others are read
 	s.all = append(s.all, i)
 	if s.depth == 0 || (word == "from" && s.from) {
 		s.top = append(s.top, i)

@@ -41,13 +41,6 @@ type layerFile struct {
 	n       int
 }
 
-// NewLayer joins a layer's TOC with its table of chunks. Files of which the table
-// knows nothing, because a later entry replaced them, are not there. The error is an
-// accel.ErrInvalid.
-func NewLayer(d digest.Digest, toc []byte, table Table) (*Layer, error) {
-	return newLayer(d, table, func(do func(string, *tocEntry) error) error { return eachEntry(toc, do) })
-}
-
 // TOCEntry is what matters here of an entry of a TOC, by the format's names.
 type TOCEntry struct {
 	Name, Type, LinkName      string
@@ -55,27 +48,23 @@ type TOCEntry struct {
 	Digest                    digest.Digest
 }
 
-// NewLayerOf is NewLayer of a TOC that somebody else reads: each calls what it is given for every entry in order, and ends
-// with its error.
-func NewLayerOf(d digest.Digest, each func(func(TOCEntry) error) error, table Table) (*Layer, error) {
-	return newLayer(d, table, func(do func(string, *tocEntry) error) error {
-		return each(func(e TOCEntry) error {
-			name, counts, err := entryName(e.Name)
-			if err != nil || !counts {
-				return err
-			}
-			return do(name, &tocEntry{Type: e.Type, Size: e.Size, LinkName: e.LinkName, Digest: e.Digest, Offset: e.Offset, InnerOffset: e.InnerOffset})
-		})
-	})
-}
+// maxTOCEntries bounds a layer's files and chunks.
+const maxTOCEntries = 9 << 20
 
-func newLayer(d digest.Digest, table Table, each func(func(string, *tocEntry) error) error) (*Layer, error) {
+// NewLayer joins a layer's TOC with its table of chunks. Files of which the table
+// knows nothing, because a later entry replaced them, are not there. Somebody else reads the TOC: each calls what
+// it is given for every entry in order, and ends with its error. The error is an accel.ErrInvalid, or each's.
+func NewLayer(d digest.Digest, each func(func(TOCEntry) error) error, table Table) (*Layer, error) {
 	l := &Layer{digest: d, table: table, byName: map[string]int{}}
 	links := map[string]string{}
 	entries := 0
-	err := each(func(name string, e *tocEntry) error {
-		if entries++; entries > maxEntries+maxChunks {
-			return fmt.Errorf("%w: TOC of more than %d entries", accel.ErrInvalid, maxEntries+maxChunks)
+	err := each(func(e TOCEntry) error {
+		if entries++; entries > maxTOCEntries {
+			return fmt.Errorf("%w: TOC of more than %d entries", accel.ErrInvalid, maxTOCEntries)
+		}
+		name, counts, err := entryName(e.Name)
+		if err != nil || !counts {
+			return err
 		}
 		switch e.Type {
 		case "reg":
@@ -123,9 +112,6 @@ func newLayer(d digest.Digest, table Table, each func(func(string, *tocEntry) er
 	return l, nil
 }
 
-// Digest is the layer's, of its blob.
-func (l *Layer) Digest() digest.Digest { return l.digest }
-
 // find is the chunk at a place of the blob.
 func find(t Table, blobOffset, innerOffset int64) (int, bool) {
 	n, found := sort.Find(t.Len(), func(i int) int {
@@ -169,9 +155,9 @@ func (l *Layer) Chunks(path string, offset, bytes int64) (first, n int) {
 	return first, last - first + 1
 }
 
-// item is what bytes of a chunk are a part of, widened to whole pages: the kernel
+// item is what a chunk is a part of, widened to whole pages: the kernel
 // reads nothing smaller.
-func (l *Layer) item(chunk int, s span) (Item, bool) {
+func (l *Layer) item(chunk int) (Item, bool) {
 	i := sort.Search(len(l.files), func(i int) bool { return l.files[i].first > chunk }) - 1
 	if i < 0 || chunk >= l.files[i].first+l.files[i].n {
 		return Item{}, false
@@ -179,6 +165,6 @@ func (l *Layer) item(chunk int, s span) (Item, bool) {
 	f := l.files[i]
 	c := l.table.At(chunk)
 	at := c.DataOffset - l.table.At(f.first).DataOffset
-	from, to := (at+s.from)&^(pageBytes-1), min((at+min(s.to, c.Bytes)+pageBytes-1)&^(pageBytes-1), f.size)
+	from, to := at&^(pageBytes-1), min((at+c.Bytes+pageBytes-1)&^(pageBytes-1), f.size)
 	return Item{Path: f.path, Offset: from, Bytes: to - from, Content: f.content}, from < to
 }

@@ -75,7 +75,7 @@ func (l *loader) conf(p *predictor, name string, depth int) {
 			if !path.IsAbs(pattern) {
 				pattern = path.Join(path.Dir("/"+name), pattern)
 			}
-			for _, m := range p.tree.Glob(pattern) {
+			for _, m := range p.glob(pattern) {
 				l.conf(p, m, depth+1)
 			}
 		case len(f) == 1 && path.IsAbs(f[0]) && len(l.dirs) < maxLdDirs:
@@ -105,11 +105,16 @@ func readLdCache(b []byte) map[string][]string {
 		order = binary.BigEndian
 		count = int64(order.Uint32(b[20:]))
 	}
+	all := string(b) // all names are parts of it: many may share one long one
 	text := func(at uint32) string {
-		if int64(at) >= int64(len(b)) {
+		if int64(at) >= int64(len(all)) {
 			return ""
 		}
-		return cString(b[at:min(len(b), int(at)+maxStringBytes)])
+		s, _, ended := strings.Cut(all[at:min(len(all), int(at)+maxStringBytes)], "\x00")
+		if !ended {
+			return ""
+		}
+		return s
 	}
 	for n := range min(count, int64(len(b)-headerBytes)/entryBytes) {
 		e := b[headerBytes+n*entryBytes:]
@@ -166,7 +171,7 @@ func searchDirs(list, origin string) (dirs []string) {
 			continue
 		}
 		d = strings.NewReplacer("${ORIGIN}", origin, "$ORIGIN", origin, "${LIB}", "lib", "$LIB", "lib").Replace(d)
-		if path.IsAbs(d) {
+		if path.IsAbs(d) && len(d) <= MaxPathBytes {
 			dirs = append(dirs, d)
 		}
 	}

@@ -1,6 +1,8 @@
 package profile
 
 import (
+	"context"
+	"errors"
 	"path"
 	"slices"
 	"strings"
@@ -11,11 +13,16 @@ import (
 const LabelPrefetch = "dev.accel.prefetch"
 
 const (
-	maxPatterns      = 1000
-	maxPatternBytes  = 4096
+	// MaxListed bounds the paths and patterns of one list, and MaxListedBytes their text.
+	MaxListed      = MaxItems
+	MaxListedBytes = 1 << 20
+
 	maxGlobMatches   = 10_000
-	maxGlobDirs      = 10_000 // directories that a pattern looks into
-	maxListedInBytes = 256 << 10
+	maxListedInBytes = 256 << 10 // a label's
+	// maxNameBytes is the kernel's NAME_MAX: no longer name can be there.
+	maxNameBytes = 255
+	// globStep is how many bytes of a pattern times bytes of a name cost as much as one step of a lookup.
+	globStep = 64
 )
 
 // ListOf splits the label's value for Listed.
@@ -26,61 +33,105 @@ func ListOf(value string) []string {
 	return strings.FieldsFunc(value, func(r rune) bool { return r == ',' || r == '\n' })
 }
 
-// Listed is the items of a list that people write: paths, patterns as path.Match has
-// them, and directories, which mean all files in them. What does not exist is left
-// out.
-func Listed(t *Tree, paths []string) []Item {
-	var items []Item
-	add := func(e *Entry) {
-		if e.Regular() && e.Size > 0 && len(items) < MaxItems {
-			items = append(items, Item{Layer: e.Layer, Path: e.Path, Bytes: e.Size, Content: e.Content})
+// Listing is what a list means in an image.
+type Listing struct {
+	Items []Item
+	// Unmatched are the paths and patterns that mean no file with content, as they were given.
+	Unmatched []string
+}
+
+// Listed is what a list means that people write: paths, patterns as path.Match has them, and directories, which
+// mean all files in them. A name that is there is taken for a path, whatever characters it has. The
+// error is ctx's; what goes beyond the bounds is left out.
+func Listed(ctx context.Context, t *Tree, paths []string) (l Listing, err error) {
+	w := &work{ctx: ctx, left: maxListWork}
+	taken := map[*Entry]bool{}
+	add := func(e *Entry) (counts bool) {
+		if !e.Regular() || e.Size == 0 {
+			return false
 		}
+		if !taken[e] && len(l.Items) < MaxItems {
+			taken[e] = true
+			l.Items = append(l.Items, Item{Layer: e.Layer, Path: e.Path, Bytes: e.Size, Content: e.Content})
+		}
+		return true
 	}
-	for _, pattern := range paths[:min(len(paths), maxPatterns)] {
-		if pattern = strings.TrimSpace(pattern); pattern == "" || len(pattern) > maxPatternBytes {
+	textBytes := 0
+	for _, given := range paths[:min(len(paths), MaxListed)] {
+		pattern := strings.TrimSpace(given)
+		if pattern == "" {
 			continue
 		}
-		for _, name := range t.Glob(pattern) {
-			e, real := t.Resolve(name)
+		if textBytes += len(pattern); textBytes > MaxListedBytes || w.err != nil {
+			break
+		}
+		matched := false
+		for _, name := range t.listed(w, pattern) {
+			e, real := t.resolve(w, name)
 			if e == nil {
 				continue
 			}
-			add(e)
-			for _, below := range t.Files(real) {
-				if len(items) == MaxItems {
+			matched = add(e) || matched
+			for _, below := range t.files(w, real) {
+				matched = add(below) || matched
+				if len(l.Items) == MaxItems {
 					break
 				}
-				add(below)
 			}
 		}
+		if !matched && w.err == nil {
+			l.Unmatched = append(l.Unmatched, given)
+		}
 	}
-	return bounded(items, MaxItems, MaxHotBytes)
+	if w.err != nil && !errors.Is(w.err, errSpent) {
+		return Listing{}, w.err
+	}
+	l.Items = bounded(l.Items, MaxItems, MaxHotBytes)
+	return l, nil
 }
 
-// Glob is the names that a pattern matches, sorted. Symlinks on the way are followed.
-func (t *Tree) Glob(pattern string) []string {
+// listed is the names that one line of a list means.
+func (t *Tree) listed(w *work, pattern string) []string {
+	if e, _ := t.resolve(w, pattern); e != nil {
+		return []string{pattern}
+	}
+	return t.glob(w, pattern)
+}
+
+// glob is the names that a pattern matches, sorted. Symlinks on the way are followed.
+func (t *Tree) glob(w *work, pattern string) []string {
+	if len(pattern) > MaxPathBytes {
+		return nil
+	}
 	found := []string{"/"}
-	looked := 0
 	for part := range strings.SplitSeq(strings.Trim(path.Clean("/"+pattern), "/"), "/") {
 		var next []string
 		for _, dir := range found {
 			if !strings.ContainsAny(part, `*?[\`) {
+				if !w.spend(len(dir) + len(part)) {
+					return nil
+				}
 				next = append(next, path.Join(dir, part))
 				continue
 			}
-			if looked++; looked > maxGlobDirs {
-				return nil
-			}
-			for _, name := range t.Names(dir) {
-				if ok, err := path.Match(part, name); ok && err == nil && len(next) < maxGlobMatches {
+			for _, name := range t.names(w, dir) {
+				if len(name) > maxNameBytes {
+					continue
+				}
+				if !w.spend(1 + len(part)*len(name)/globStep) {
+					return nil
+				}
+				if ok, err := path.Match(part, name); ok && err == nil && len(next) < maxGlobMatches && w.spend(len(dir)+len(name)) {
 					next = append(next, path.Join(dir, name))
 				}
 			}
 		}
-		found = next
+		if found = next; len(found) == 0 {
+			return nil
+		}
 	}
 	return slices.DeleteFunc(found, func(name string) bool {
-		e, _ := t.Resolve(name)
+		e, _ := t.resolve(w, name)
 		return e == nil
 	})
 }

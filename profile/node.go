@@ -234,7 +234,7 @@ func (n *nodeStart) searched(dir string) (dirs []string) {
 		}
 	}
 	for d := range strings.SplitSeq(n.p.env["NODE_PATH"], ":") {
-		if path.IsAbs(d) {
+		if path.IsAbs(d) && len(dirs) < 2*maxLdDirs {
 			dirs = append(dirs, d)
 		}
 	}

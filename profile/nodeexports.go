@@ -11,6 +11,9 @@ const maxExportsDepth = 8
 // choose is the file that a package.json's "exports" or "imports" gives for a name; empty
 // where it gives none.
 func (n *nodeStart) choose(raw json.RawMessage, key string, required bool) string {
+	if !n.p.r.spend(len(raw) / 2) {
+		return ""
+	}
 	keys, values := object(raw)
 	if len(keys) == 0 || (!strings.HasPrefix(keys[0], ".") && !strings.HasPrefix(keys[0], "#")) {
 		if key != "." {
@@ -27,12 +30,10 @@ func (n *nodeStart) choose(raw json.RawMessage, key string, required bool) strin
 		if !ok || len(key) < len(before)+len(after) || !strings.HasPrefix(key, before) || !strings.HasSuffix(key, after) || len(name) <= len(star) {
 			continue
 		}
-		if to := conditional(values[k], required, 0); to != "" {
-			star, best = name, strings.ReplaceAll(to, "*", key[len(before):len(key)-len(after)])
+		to, part := conditional(values[k], required, 0), key[len(before):len(key)-len(after)]
+		if to != "" && len(to)+strings.Count(to, "*")*len(part) <= MaxPathBytes {
+			star, best = name, strings.ReplaceAll(to, "*", part)
 		}
-	}
-	if len(best) > maxPathBytes {
-		return ""
 	}
 	return best
 }

@@ -12,9 +12,8 @@ import (
 type Start struct {
 	Entrypoint, Cmd, Env []string
 	WorkingDir           string
-	// Labels of the configuration, and the manifest's annotations where these are to
-	// count: only LabelPrefetch is looked at.
-	Labels map[string]string
+	// Listed is what the image's maker lists; it comes first.
+	Listed []Item
 }
 
 const (
@@ -22,33 +21,29 @@ const (
 	maxWholeBytes = 32 << 20
 	// maxPredictedBytes bounds a prediction: beyond it, guesses cost more than they save.
 	maxPredictedBytes = 256 << 20
-	// maxLookups bounds the names that are looked for. Python with pandas and scipy takes
-	// 60,000.
-	maxLookups = 4 << 20
 )
 
 // Predict is what a start of an image that never ran will read, as far as its files
 // tell: the program and its libraries, its interpreter, the files that a language
 // reads when it starts, and what the program's source imports. Nothing of the image
-// is run. What the image's maker listed comes first. The error is the view's, or ctx's;
-// nothing in an image is one.
+// is run. The error is the view's, or ctx's; nothing in an image is one.
 func Predict(ctx context.Context, v View, s Start) ([]Item, error) {
 	p := &predictor{
-		r: &reader{ctx: ctx, view: v, left: maxReadBytes}, tree: v.Tree, env: map[string]string{}, seen: map[place]*spans{},
+		r: &reader{work: &work{ctx: ctx, left: maxWork}, view: v, unread: maxReadBytes}, tree: v.Tree, env: map[string]string{}, seen: map[place]*spans{},
 		elves: map[*Entry]*elfFile{}, mapped: map[*Entry]bool{}, loaded: map[string]bool{}, loaders: map[bool]*loader{}, cwd: "/",
 	}
 	for _, kv := range s.Env {
 		if k, value, ok := strings.Cut(kv, "="); ok {
-			p.env[k] = value
+			p.set(k, value)
 		}
 	}
 	if p.env["PATH"] == "" {
 		p.env["PATH"] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 	}
 	if s.WorkingDir != "" {
-		p.cwd = path.Join("/", s.WorkingDir)
+		p.changeDir(s.WorkingDir)
 	}
-	p.items = append(p.items, Listed(v.Tree, ListOf(s.Labels[LabelPrefetch]))...)
+	p.items = append(p.items, s.Listed[:min(len(s.Listed), MaxItems)]...)
 	for _, i := range p.items {
 		covered(p.seen, i)
 	}
@@ -75,8 +70,30 @@ type predictor struct {
 	loaders    map[bool]*loader // by whether it is musl's
 	extensions bool             // what is loaded now is no program, but loaded by one
 	interp     string           // the program's dynamic loader
-	lookups    int
-	commands   int // looked into
+	commands   int              // looked into
+}
+
+const (
+	maxVariables = 1000
+	// maxWordBytes is the kernel's MAX_ARG_STRLEN, of an argument or a variable with its name.
+	maxWordBytes = 128 << 10
+)
+
+// set sets an environment variable, as a system would take it.
+func (p *predictor) set(name, value string) {
+	if _, known := p.env[name]; (known || len(p.env) < maxVariables) && len(name)+len(value) < maxWordBytes {
+		p.env[name] = value
+	}
+}
+
+// changeDir is cd.
+func (p *predictor) changeDir(to string) {
+	if len(to) > MaxPathBytes {
+		return
+	}
+	if dir := path.Join("/", p.inDir(to)); len(dir) <= MaxPathBytes {
+		p.cwd = dir
+	}
 }
 
 // part adds some bytes of a file, widened to pages.
@@ -110,28 +127,20 @@ func (p *predictor) whole(name string) *Entry {
 	return e
 }
 
-// inDir is a name as a program would mean it.
+// inDir is a name as a program would mean it. One that is too long names nothing, and stays.
 func (p *predictor) inDir(name string) string {
-	if path.IsAbs(name) {
+	if path.IsAbs(name) || len(name) > MaxPathBytes {
 		return name
 	}
 	return path.Join(p.cwd, name)
 }
 
 // resolve looks a name up, within the bound.
-func (p *predictor) resolve(name string) (*Entry, string) {
-	p.lookups++
-	if p.lookups > maxLookups && p.r.err == nil {
-		p.r.err = errSpent
-	}
-	if p.lookups%1024 == 0 && p.r.ctx.Err() != nil && p.r.err == nil {
-		p.r.err = context.Cause(p.r.ctx)
-	}
-	if p.r.err != nil {
-		return nil, ""
-	}
-	return p.tree.Resolve(name)
-}
+func (p *predictor) resolve(name string) (*Entry, string) { return p.tree.resolve(p.r.work, name) }
+
+// names lists a directory, and glob matches names, within the bound.
+func (p *predictor) names(dir string) []string    { return p.tree.names(p.r.work, dir) }
+func (p *predictor) glob(pattern string) []string { return p.tree.glob(p.r.work, pattern) }
 
 // regular resolves a name to a file with content.
 func (p *predictor) regular(name string) (*Entry, string) {
@@ -145,7 +154,7 @@ func (p *predictor) regular(name string) (*Entry, string) {
 // program finds what a shell would run under that name: its file, that one's real name,
 // and the path by which it was found.
 func (p *predictor) program(name string) (e *Entry, real, called string) {
-	if name == "" {
+	if name == "" || len(name) > MaxPathBytes {
 		return nil, "", ""
 	}
 	if strings.Contains(name, "/") {
@@ -153,6 +162,9 @@ func (p *predictor) program(name string) (e *Entry, real, called string) {
 		return e, real, p.inDir(name)
 	}
 	for d := range strings.SplitSeq(p.env["PATH"], ":") {
+		if p.r.err != nil {
+			break
+		}
 		called = path.Join(p.inDir(d), name)
 		if e, real = p.regular(called); e != nil && e.Executable() {
 			return e, real, called

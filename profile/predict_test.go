@@ -216,7 +216,7 @@ func TestPredictCommands(t *testing.T) {
 		}
 	}
 	// The entrypoint and the command are one line; the label's list comes first.
-	got := strings.Join(predicted(t, v, profile.Start{Entrypoint: []string{"sh"}, Cmd: []string{"-c", "serve"}, Env: []string{path}, Labels: map[string]string{profile.LabelPrefetch: "/etc/more/, nowhere\n/lib*.sh,/etc/*.conf"}}), " ")
+	got := strings.Join(predicted(t, v, profile.Start{Entrypoint: []string{"sh"}, Cmd: []string{"-c", "serve"}, Env: []string{path}, Listed: listed(t, v.Tree, "/etc/more/, nowhere\n/lib*.sh,/etc/*.conf")}), " ")
 	if want := "etc/more/a.conf lib.sh etc/redis.conf bin/dash app/serve"; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
@@ -264,6 +264,14 @@ func TestPredictErrors(t *testing.T) {
 	}
 }
 
+// listed is what a label's list means.
+func listed(t testing.TB, tree *profile.Tree, label string) []accel.ProfileItem {
+	t.Helper()
+	l, err := profile.Listed(t.Context(), tree, profile.ListOf(label))
+	must(t, err)
+	return l.Items
+}
+
 func TestListed(t *testing.T) {
 	v := imageOf(t, map[string]string{"a/b/c": "1", "a/b/d": "22", "a/e": "333", "link": "-> a/b", "empty": ""})
 	for list, want := range map[string]string{
@@ -275,7 +283,7 @@ func TestListed(t *testing.T) {
 		"empty, ,[,x/y":  "",
 		"/":              "0:a/b/c:0:1 0:a/b/d:0:2 0:a/e:0:3",
 	} {
-		if got := strings.Join(texts(profile.Listed(v.Tree, strings.Split(list, ","))), " "); got != want {
+		if got := strings.Join(texts(listed(t, v.Tree, list)), " "); got != want {
 			t.Errorf("%s: %s, want %s", list, got, want)
 		}
 	}
@@ -300,7 +308,7 @@ func FuzzPredict(f *testing.F) {
 			"f": text, "f.py": text, "usr/lib/python3.11/site.py": text, "package.json": text, "lib/modules": text, "etc/ld.so.cache": text, "etc/ld.so.conf": text, "node_modules/f/package.json": text,
 			"etc/nginx/nginx.conf": text, "usr/lib/server/libjvm.so": text, "usr/lib/modules": text,
 		})
-		items, err := profile.Predict(t.Context(), v, profile.Start{Cmd: strings.Fields(command), Labels: map[string]string{profile.LabelPrefetch: text}})
+		items, err := profile.Predict(t.Context(), v, profile.Start{Cmd: strings.Fields(command), Listed: listed(t, v.Tree, text)})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -311,13 +319,21 @@ func FuzzPredict(f *testing.F) {
 }
 
 func ExampleListed() {
-	tree, err := profile.NewTree([][]byte{[]byte(`{"version":1,"entries":[{"name":"srv/app.py","type":"reg","size":120},{"name":"srv/data.bin","type":"reg","size":9000}]}`)})
+	tree, err := profile.NewTree(context.Background(), [][]byte{[]byte(`{"version":1,"entries":[{"name":"srv/app.py","type":"reg","size":120},{"name":"srv/data.bin","type":"reg","size":9000}]}`)})
 	if err != nil {
 		fmt.Println(err)
 		return
 	}
-	for _, i := range profile.Listed(tree, []string{"/srv/*.py"}) {
+	list, err := profile.Listed(context.Background(), tree, []string{"/srv/*.py", "/srv/gone"})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	for _, i := range list.Items {
 		fmt.Println(i.Path, i.Bytes)
 	}
-	// Output: srv/app.py 120
+	fmt.Println("not there:", list.Unmatched)
+	// Output:
+	// srv/app.py 120
+	// not there: [/srv/gone]
 }

@@ -10,8 +10,12 @@ type pyImport struct {
 }
 
 const (
-	maxPyImports = 2000
+	maxPyImports = 2000 // and names of one import
 	maxPyLines   = 200_000
+	// maxPyName is longer than any module's name, and maxPyImportBytes bounds all of a source: they are kept
+	// while what they import is read.
+	maxPyName        = 500
+	maxPyImportBytes = 256 << 10
 )
 
 // pyImports finds a module's imports in its source. Those in functions run later and
@@ -20,6 +24,7 @@ const (
 // as settings have them.
 func pyImports(source string, main bool) (found []pyImport, dotted []string) {
 	s := pyScanner{text: source}
+	bytes := 0
 	skipDeeper := -1 // lines that are indented deeper than this are in a block that is left out
 	for n := 0; n < maxPyLines && len(found) < maxPyImports; n++ {
 		line, indent, ok := s.line()
@@ -34,9 +39,7 @@ func pyImports(source string, main bool) (found []pyImport, dotted []string) {
 			}
 			skipDeeper = -1
 		}
-		if len(dotted) < maxPyImports {
-			dotted = append(dotted, names...)
-		}
+		dotted = append(dotted, names[:min(len(names), maxPyImports-len(dotted))]...)
 		word := line
 		if end := strings.IndexAny(line, " \t(:."); end >= 0 {
 			word = line[:end]
@@ -63,10 +66,23 @@ func pyImports(source string, main bool) (found []pyImport, dotted []string) {
 			continue
 		}
 		for statement := range strings.SplitSeq(body, ";") {
-			found = append(found, pyStatement(strings.TrimSpace(statement))...)
+			for i := range pyStatement(strings.TrimSpace(statement)) {
+				if bytes += i.bytes(); len(found) == maxPyImports || bytes > maxPyImportBytes {
+					return found, dotted
+				}
+				found = append(found, i)
+			}
 		}
 	}
 	return found, dotted
+}
+
+func (i pyImport) bytes() (n int) {
+	n = len(i.module)
+	for _, name := range i.names {
+		n += len(name)
+	}
+	return n
 }
 
 // pyHolds says whether a condition may hold on Linux, today, at the start.
@@ -87,40 +103,58 @@ func pyHolds(condition string, main bool) bool {
 }
 
 // pyStatement is what one statement imports.
-func pyStatement(line string) (found []pyImport) {
-	if after, ok := strings.CutPrefix(line, "import "); ok {
-		for name := range strings.SplitSeq(after, ",") {
-			if f := strings.Fields(name); len(f) > 0 {
-				found = append(found, pyImport{module: f[0]})
+func pyStatement(line string) func(yield func(pyImport) bool) {
+	return func(yield func(pyImport) bool) {
+		if after, ok := strings.CutPrefix(line, "import "); ok {
+			for name := range strings.SplitSeq(after, ",") {
+				if f := firstWord(name); f != "" && len(f) <= maxPyName && !yield(pyImport{module: strings.Clone(f)}) {
+					return
+				}
+			}
+			return
+		}
+		if after, ok := strings.CutPrefix(line, "from "); ok {
+			if i, ok := pyFrom(after); ok {
+				yield(i)
+			}
+			return
+		}
+		for _, call := range []string{"import_module(", "__import__("} {
+			_, after, ok := strings.Cut(line, call)
+			if !ok || len(after) < 2 || (after[0] != '"' && after[0] != '\'') {
+				continue
+			}
+			if name, _, ok := strings.Cut(after[1:], after[:1]); ok && name != "" && len(name) <= maxPyName && !strings.HasPrefix(name, ".") && !yield(pyImport{module: strings.Clone(name)}) {
+				return
 			}
 		}
-		return found
 	}
-	if after, ok := strings.CutPrefix(line, "from "); ok {
-		module, names, ok := strings.Cut(after, " import")
-		if !ok {
-			return nil
-		}
-		module = strings.ReplaceAll(strings.TrimSpace(module), " ", "")
-		i := pyImport{module: strings.TrimLeft(module, ".")}
-		i.level = len(module) - len(i.module)
-		for name := range strings.SplitSeq(strings.Trim(strings.TrimSpace(names), "()"), ",") {
-			if f := strings.Fields(name); len(f) > 0 && f[0] != "*" {
-				i.names = append(i.names, f[0])
+}
+
+// pyFrom is what stands behind "from".
+func pyFrom(line string) (i pyImport, ok bool) {
+	module, names, ok := strings.Cut(line, " import")
+	if !ok || len(module) > 2*maxPyName {
+		return i, false
+	}
+	module = strings.ReplaceAll(strings.TrimSpace(module), " ", "")
+	i.module = strings.Clone(strings.TrimLeft(module, "."))
+	i.level = len(module) - len(i.module)
+	for name := range strings.SplitSeq(strings.Trim(strings.TrimSpace(names), "()"), ",") {
+		if f := firstWord(name); f != "" && f != "*" && len(f) <= maxPyName {
+			if i.names = append(i.names, strings.Clone(f)); len(i.names) == maxPyImports {
+				break
 			}
 		}
-		return []pyImport{i}
 	}
-	for _, call := range []string{"import_module(", "__import__("} {
-		_, after, ok := strings.Cut(line, call)
-		if !ok || len(after) < 2 || (after[0] != '"' && after[0] != '\'') {
-			continue
-		}
-		if name, _, ok := strings.Cut(after[1:], after[:1]); ok && name != "" && !strings.HasPrefix(name, ".") {
-			found = append(found, pyImport{module: name})
-		}
+	return i, true
+}
+
+func firstWord(s string) string {
+	for f := range strings.FieldsSeq(s) {
+		return f
 	}
-	return found
+	return ""
 }
 
 // pyScanner reads Python's logical lines: comments left out, brackets and continued
@@ -202,8 +236,8 @@ func (s *pyScanner) quoted() string {
 		case strings.HasPrefix(s.text[s.at:], quote):
 			s.at += len(quote)
 			if w := s.text[from:s.at]; !long && len(w) <= maxPyQuoted && !strings.ContainsAny(w, ";:") {
-				if name := w[1 : len(w)-1]; strings.Contains(name, ".") && isDotted(name) {
-					s.dotted = append(s.dotted, name)
+				if name := w[1 : len(w)-1]; strings.Contains(name, ".") && isDotted(name) && len(s.dotted) < maxPyImports {
+					s.dotted = append(s.dotted, strings.Clone(name))
 				}
 				return w
 			}

@@ -102,18 +102,18 @@ func (s *pythonStart) home(called, real string) bool {
 	s.minor, s.tag = n, "cpython-3"+strconv.Itoa(n)
 	version := "python3." + strconv.Itoa(n)
 	stdlib := path.Join("/", prefix, "lib", version)
-	if len(s.p.tree.Names(stdlib)) == 0 {
+	if len(s.p.names(stdlib)) == 0 {
 		stdlib = path.Join("/", prefix, "lib64", version)
 	}
 	dynload := path.Join(stdlib, "lib-dynload")
-	for _, name := range s.p.tree.Names(dynload) {
+	for _, name := range s.p.names(dynload) {
 		if at := strings.Index(name, "."+s.tag+"-"); at >= 0 {
 			s.suffix = name[at:]
 			break
 		}
 	}
 	for d := range strings.SplitSeq(s.p.env["PYTHONPATH"], ":") {
-		if d != "" {
+		if d != "" && len(s.path) < maxLdDirs {
 			s.path = append(s.path, s.p.inDir(d))
 		}
 	}
@@ -143,7 +143,7 @@ func (s *pythonStart) home(called, real string) bool {
 
 // pth reads a site directory's path files.
 func (s *pythonStart) pth(site string) {
-	for _, name := range s.p.tree.Names(site) {
+	for _, name := range s.p.names(site) {
 		if !strings.HasSuffix(name, ".pth") {
 			continue
 		}

@@ -61,7 +61,6 @@ type part struct {
 
 // seen is what was read of a part.
 type seen struct {
-	span  // in the chunk; the hull of all reads, since the chunk is fetched whole
 	first time.Time
 	order int // among parts of the same instant
 }
@@ -87,39 +86,17 @@ func (r *Recorder) Chunks(layer digest.Digest, table Table, first, n int, at tim
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for k := first; k < first+min(n, table.Len()-first); k++ {
-		r.note(part{layer, k}, span{0, maxFileBytes}, at)
-	}
-	r.wake()
-}
-
-// Bytes notes that a program read some bytes of a layer's data file.
-func (r *Recorder) Bytes(layer digest.Digest, table Table, dataOffset, bytes int64, at time.Time) {
-	if table.Len() == 0 || dataOffset < 0 || bytes <= 0 || bytes > maxFileBytes {
-		return
-	}
-	end := table.At(table.Len() - 1)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for to := min(dataOffset+bytes, end.DataOffset+end.Bytes); dataOffset < to; {
-		k := table.Find(dataOffset)
-		if k < 0 { // padding behind a file: the next one begins with a page
-			dataOffset = dataOffset&^(pageBytes-1) + pageBytes
-			continue
-		}
-		c := table.At(k)
-		r.note(part{layer, k}, span{dataOffset - c.DataOffset, min(to-c.DataOffset, c.Bytes)}, at)
-		dataOffset = c.DataOffset + c.Bytes
+		r.note(part{layer, k}, at)
 	}
 	r.wake()
 }
 
 // note takes a read down. r.mu is held.
-func (r *Recorder) note(p part, s span, at time.Time) {
+func (r *Recorder) note(p part, at time.Time) {
 	if r.end != "" && at.After(r.ended) {
 		return
 	}
 	if old := r.parts[p]; old != nil {
-		old.span = span{min(old.from, s.from), max(old.to, s.to)}
 		if at.Before(old.first) {
 			old.first = at
 		}
@@ -128,7 +105,7 @@ func (r *Recorder) note(p part, s span, at time.Time) {
 	if len(r.parts) == maxParts {
 		return
 	}
-	r.parts[p] = &seen{span: s, first: at, order: len(r.parts)}
+	r.parts[p] = &seen{first: at, order: len(r.parts)}
 	if at.After(r.last) {
 		r.last = at
 	}
@@ -234,7 +211,7 @@ func (r *Recorder) Report(layers []*Layer) Report {
 		if !ok {
 			continue
 		}
-		i, ok := layers[n].item(p.chunk, p.span)
+		i, ok := layers[n].item(p.chunk)
 		if !ok {
 			continue
 		}

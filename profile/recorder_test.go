@@ -17,22 +17,20 @@ func TestRecorder(t *testing.T) {
 		r := profile.NewRecorder(profile.RecorderOptions{Manifest: imageA, Node: "n", Cold: true})
 		time.Sleep(20 * time.Second) // a long wait before the first read is no quiet
 		began := time.Now()
-		r.Bytes(un.Digest(), upper, 5000, 10, began.Add(2*time.Second))
-		r.Chunks(ln.Digest(), lower, 1, 2, began)
+		r.Chunks(upper.digest(), upper, 0, 1, began.Add(2*time.Second))
+		r.Chunks(lower.digest(), lower, 1, 2, began)
 		r.Chunks("sha256:other", upper, 1, 2, began)
-		r.Chunks(ln.Digest(), lower, -1, 5, began)
-		r.Chunks(ln.Digest(), lower, 4000, 1<<62, began)                              // nonsense
-		r.Bytes(ln.Digest(), lower, -5, 10, began)                                    // nonsense
-		r.Bytes(ln.Digest(), lower, 1<<41, 10, began)                                 // nonsense
-		r.Bytes(un.Digest(), upper, 20000, 1, began)                                  // the same chunk earlier, and more of it
-		r.Bytes(ln.Digest(), lower, 4*chunkBytes+100, 8100, began.Add(3*time.Second)) // over padding into c
+		r.Chunks(lower.digest(), lower, -1, 5, began)
+		r.Chunks(lower.digest(), lower, 4000, 1<<62, began) // nonsense
+		r.Chunks(upper.digest(), upper, 0, 1, began)        // the same chunk earlier
+		r.Chunks(lower.digest(), lower, 4, 2, began.Add(3*time.Second))
 		r.Wait(t.Context())
 		if got := time.Since(began); got != 13*time.Second {
 			t.Errorf("over after %v", got)
 		}
-		r.Chunks(ln.Digest(), lower, 0, 1, time.Now().Add(1)) // too late
+		r.Chunks(lower.digest(), lower, 0, 1, time.Now().Add(1)) // too late
 		rep := r.Report([]*profile.Layer{ln, nil, un})
-		same(t, rep.Items, "2:x:4096:16384", "0:a:65536:131072", "0:b:0:5000", "0:c:0:100")
+		same(t, rep.Items, "2:x:0:65536", "0:a:65536:131072", "0:b:0:5000", "0:c:0:100")
 		if !rep.Complete || rep.End != profile.EndQuiet || rep.Node != "n" || rep.Manifest != imageA || len(rep.ID) != 32 {
 			t.Errorf("%+v", rep)
 		}
@@ -67,7 +65,7 @@ func TestRecorderEnds(t *testing.T) {
 		// Busy without an end; the same chunk again is nothing new.
 		rep, took := record(profile.RecorderOptions{Cold: true}, func(r *profile.Recorder) {
 			for k := range 200 {
-				r.Chunks(n.Digest(), l, k, 1, time.Now())
+				r.Chunks(l.digest(), l, k, 1, time.Now())
 				time.Sleep(time.Second)
 			}
 		})
@@ -76,7 +74,7 @@ func TestRecorderEnds(t *testing.T) {
 		}
 		rep, took = record(profile.RecorderOptions{Cold: true, Quiet: 3 * time.Second}, func(r *profile.Recorder) {
 			for range 8 {
-				r.Chunks(n.Digest(), l, 5, 1, time.Now())
+				r.Chunks(l.digest(), l, 5, 1, time.Now())
 				time.Sleep(time.Second)
 			}
 		})
@@ -84,7 +82,7 @@ func TestRecorderEnds(t *testing.T) {
 			t.Errorf("one chunk again and again: %v, %+v", took, rep)
 		}
 		rep, took = record(profile.RecorderOptions{Cold: true}, func(r *profile.Recorder) {
-			r.Chunks(n.Digest(), l, 5, 1, time.Now())
+			r.Chunks(l.digest(), l, 5, 1, time.Now())
 			time.Sleep(time.Second)
 			r.Answered()
 			r.Answered()
@@ -97,7 +95,7 @@ func TestRecorderEnds(t *testing.T) {
 			t.Errorf("nothing read: %v, %+v", took, rep)
 		}
 		rep, _ = record(profile.RecorderOptions{}, func(r *profile.Recorder) {
-			r.Chunks(n.Digest(), l, 5, 1, time.Now())
+			r.Chunks(l.digest(), l, 5, 1, time.Now())
 			r.Answered()
 		})
 		if rep.Complete {

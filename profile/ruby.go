@@ -77,9 +77,8 @@ func (p *predictor) ruby(real string, args []string) {
 // home finds the directories that are searched: the newest version's below lib, and those of
 // gems.
 func (r *rubyStart) home(lib string) {
-	t := r.p.tree
 	version := ""
-	for _, name := range t.Names(path.Join(lib, "ruby")) {
+	for _, name := range r.p.names(path.Join(lib, "ruby")) {
 		if name[0] >= '1' && name[0] <= '9' {
 			version = name // the last one
 		}
@@ -94,16 +93,14 @@ func (r *rubyStart) home(lib string) {
 	if own := r.p.env["GEM_HOME"]; path.IsAbs(own) {
 		homes = append([]string{own}, homes...)
 	}
-	for _, b := range t.Glob(path.Join(r.p.cwd, "vendor/bundle/ruby/*")) {
+	for _, b := range r.p.glob(path.Join(r.p.cwd, "vendor/bundle/ruby/*")) {
 		homes = append([]string{b}, homes...)
 	}
 	for _, h := range homes {
-		for _, name := range t.Names(path.Join(h, "specifications")) {
-			if e := r.p.whole(path.Join(h, "specifications", name)); e == nil && name != "default" {
-				continue
-			}
+		for _, name := range r.p.names(path.Join(h, "specifications")) {
+			r.p.whole(path.Join(h, "specifications", name))
 		}
-		for _, name := range t.Names(path.Join(h, "gems")) {
+		for _, name := range r.p.names(path.Join(h, "gems")) {
 			if len(r.gems) < maxGems {
 				r.gems = append(r.gems, path.Join(h, "gems", name, "lib"))
 			}
@@ -157,11 +154,20 @@ func (r *rubyStart) file(e *Entry, real string, depth int) {
 // source requires what a source in that directory does.
 func (r *rubyStart) source(text, dir string, depth int) {
 	text, _, _ = strings.Cut(text, "\n__END__\n")
-	for _, m := range rubyRequire.FindAllStringSubmatch(text, maxJSImports) {
-		if m[1] == "require_relative" {
-			r.at(path.Join(dir, m[2]), depth+1)
+	type load struct {
+		name     string
+		relative bool
+	}
+	found := rubyRequire.FindAllStringSubmatch(text, maxJSImports)
+	loads := make([]load, 0, len(found))
+	for _, m := range found {
+		loads = append(loads, load{strings.Clone(m[2]), m[1] == "require_relative"}) // the text is not kept while others are read
+	}
+	for _, l := range loads {
+		if l.relative {
+			r.at(path.Join(dir, l.name), depth+1)
 		} else {
-			r.require(m[2], depth+1)
+			r.require(l.name, depth+1)
 		}
 	}
 }

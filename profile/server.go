@@ -86,7 +86,7 @@ func (c *confs) file(name, prefix string) {
 		if line = bytes.TrimSpace(line); len(line) == 0 || line[0] == '#' || line[0] == ';' {
 			continue
 		}
-		for _, word := range strings.FieldsFunc(string(line), func(r rune) bool { return strings.ContainsRune(" \t\"';,={}()<>", r) }) {
+		for word := range strings.FieldsFuncSeq(string(line), func(r rune) bool { return strings.ContainsRune(" \t\"';,={}()<>", r) }) {
 			c.word(word, dir, prefix)
 		}
 	}
@@ -94,7 +94,7 @@ func (c *confs) file(name, prefix string) {
 
 // word follows one word of a configuration if it looks like a file's name.
 func (c *confs) word(word, dir, prefix string) {
-	if c.words--; c.words < 0 || !strings.ContainsAny(word, "./") || len(word) > maxPathBytes || word == "/" || word == "." || word == ".." {
+	if c.words--; c.words < 0 || !strings.ContainsAny(word, "./") || len(word) > MaxPathBytes || word == "/" || word == "." || word == ".." {
 		return
 	}
 	from := []string{"/"}
@@ -113,7 +113,7 @@ func (c *confs) word(word, dir, prefix string) {
 		if c.patterns--; c.patterns < 0 {
 			return
 		}
-		for _, match := range c.p.tree.Glob(name) {
+		for _, match := range c.p.glob(name) {
 			c.file(match, prefix)
 		}
 	}

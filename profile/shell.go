@@ -5,16 +5,22 @@ import "strings"
 // allArguments is how shellCommands says "$@".
 const allArguments = "\x00@"
 
-const maxShellCommands = 10_000
+const (
+	maxShellCommands = 10_000
+	// maxShellWords bounds those of all commands of one text.
+	maxShellWords = 100_000
+)
 
 // shellCommands splits a shell's text into simple commands of words. It knows quotes,
 // comments, separators and plain variables, which it looks up; words with anything else
 // that a shell would expand are kept as they are, and will name no file. Here-documents
 // and functions are not understood: their lines look like commands, of which most will
 // not exist.
-func shellCommands(text string, lookup func(string) (string, bool)) (commands [][]string) {
-	s := shellScanner{text: text, lookup: lookup}
-	for s.at < len(s.text) && len(commands) < maxShellCommands {
+//
+// Words are at most maxWordBytes long, and what they hold is paid by w: a word may be made of many variables.
+func shellCommands(w *work, text string, lookup func(string) (string, bool)) (commands [][]string) {
+	s := shellScanner{w: w, text: text, lookup: lookup, left: maxShellWords}
+	for s.at < len(s.text) && len(commands) < maxShellCommands && s.left > 0 && w.err == nil {
 		if words := s.command(); len(words) > 0 {
 			commands = append(commands, words)
 		}
@@ -23,9 +29,23 @@ func shellCommands(text string, lookup func(string) (string, bool)) (commands []
 }
 
 type shellScanner struct {
+	w      *work
 	text   string
 	at     int
 	lookup func(string) (string, bool)
+	left   int // words
+}
+
+// shellWord is a word that is made; what is beyond the bound is left out.
+type shellWord struct {
+	strings.Builder
+	w *work
+}
+
+func (b *shellWord) add(s string) {
+	if s = s[:min(len(s), maxWordBytes-b.Len())]; s != "" && b.w.spend(len(s)) {
+		b.WriteString(s)
+	}
 }
 
 // command reads words until a separator.
@@ -55,6 +75,9 @@ func (s *shellScanner) command() (words []string) {
 				continue // the number of a redirected descriptor
 			}
 			if w != "" || strings.ContainsAny(s.text[from:s.at], `"'`) { // an empty variable is no word
+				if s.left--; s.left < 0 || s.w.err != nil {
+					return nil
+				}
 				words = append(words, w)
 			}
 		}
@@ -64,7 +87,7 @@ func (s *shellScanner) command() (words []string) {
 
 // word reads one word.
 func (s *shellScanner) word() string {
-	var w strings.Builder
+	w := shellWord{w: s.w}
 	for s.at < len(s.text) {
 		c := s.text[s.at]
 		switch {
@@ -74,7 +97,7 @@ func (s *shellScanner) word() string {
 			s.at++
 			if s.at < len(s.text) {
 				if s.text[s.at] != '\n' {
-					w.WriteByte(s.text[s.at])
+					w.add(s.text[s.at : s.at+1])
 				}
 				s.at++
 			}
@@ -83,19 +106,19 @@ func (s *shellScanner) word() string {
 			if end < 0 {
 				end = len(s.text) - s.at - 1
 			}
-			w.WriteString(s.text[s.at+1 : s.at+1+end])
+			w.add(s.text[s.at+1 : s.at+1+end])
 			s.at = min(s.at+end+2, len(s.text))
 		case c == '"':
 			s.at++
 			for s.at < len(s.text) && s.text[s.at] != '"' {
 				switch {
 				case s.text[s.at] == '\\' && s.at+1 < len(s.text):
-					w.WriteByte(s.text[s.at+1])
+					w.add(s.text[s.at+1 : s.at+2])
 					s.at += 2
 				case s.text[s.at] == '$':
 					s.variable(&w)
 				default:
-					w.WriteByte(s.text[s.at])
+					w.add(s.text[s.at : s.at+1])
 					s.at++
 				}
 			}
@@ -103,7 +126,7 @@ func (s *shellScanner) word() string {
 		case c == '$':
 			s.variable(&w)
 		default:
-			w.WriteByte(c)
+			w.add(s.text[s.at : s.at+1])
 			s.at++
 		}
 	}
@@ -111,12 +134,12 @@ func (s *shellScanner) word() string {
 }
 
 // variable reads $name, ${name}, ${name:-default} or $@.
-func (s *shellScanner) variable(w *strings.Builder) {
+func (s *shellScanner) variable(w *shellWord) {
 	rest := s.text[s.at+1:]
 	name, fallback, n := "", "", 0
 	switch {
 	case strings.HasPrefix(rest, "@") || strings.HasPrefix(rest, "*"):
-		w.WriteString(allArguments)
+		w.add(allArguments)
 		s.at += 2
 		return
 	case strings.HasPrefix(rest, "{"):
@@ -126,7 +149,7 @@ func (s *shellScanner) variable(w *strings.Builder) {
 		}
 		name, n = rest[1:end], end+1
 		if name == "@" {
-			w.WriteString(allArguments)
+			w.add(allArguments)
 			s.at += 1 + n
 			return
 		}
@@ -140,14 +163,14 @@ func (s *shellScanner) variable(w *strings.Builder) {
 		name = rest[:n]
 	}
 	if !isName(name) {
-		w.WriteByte('$')
+		w.add("$")
 		s.at++
 		return
 	}
 	s.at += 1 + n
 	if v, ok := s.lookup(name); ok && v != "" {
-		w.WriteString(v)
+		w.add(v)
 	} else {
-		w.WriteString(fallback)
+		w.add(fallback)
 	}
 }

@@ -1,13 +1,20 @@
 package profile
 
 import (
+	"bytes"
+	"context"
+	"encoding/hex"
 	"fmt"
+	"io"
 	"maps"
 	"path"
 	"slices"
 	"strings"
+	"sync"
 
 	"accel"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // Entry is a file of an image. Hard links share one.
@@ -18,12 +25,24 @@ type Entry struct {
 	Path  string
 	// Kind is the TOC's: "reg", "dir", "symlink", "char", "block" or "fifo".
 	Kind string
+	// Size is at most maxFileBytes.
 	Size int64
 	// Mode has the permission bits.
 	Mode int64
 	// Link is a symlink's target.
 	Link    string
 	Content accel.ContentID
+	// Chunks are where a regular file's content is, in its order. They do not overlap; some may be
+	// missing.
+	Chunks []FileChunk
+}
+
+// FileChunk is a run of a file's bytes as its TOC tells of it.
+type FileChunk struct {
+	Offset, Bytes int64 // in the file
+	// Member is where its gzip member begins in the blob, Inside where it is in what that holds.
+	Member, Inside int64
+	SHA256         [32]byte // all zero: the TOC does not say
 }
 
 // Regular reports whether e is a file with content.
@@ -35,8 +54,9 @@ func (e *Entry) Executable() bool { return e.Regular() && e.Mode&0o111 != 0 }
 // Tree is the files of an image as a container sees them: its layers laid over one
 // another. It is read only once it is made.
 type Tree struct {
-	root      *node
-	byContent map[accel.ContentID]string // a regular file's name
+	root *node
+	// byContent finds a regular file by its content.
+	byContent func() map[accel.ContentID]*Entry
 }
 
 type node struct {
@@ -47,48 +67,103 @@ type node struct {
 const (
 	whiteoutPrefix = ".wh."
 	opaqueName     = ".wh..wh..opq"
+
+	// maxEntries bounds the files of an image, with the directories that nobody names, and the chunks besides.
+	maxEntries = 1 << 20
+	// maxTreeBytes bounds the memory that they take: some 600,000 files.
+	maxTreeBytes = 256 << 20
+	// nodeBytes is what a name takes beside its text, measured; chunkBytes a chunk.
+	nodeBytes  = 320
+	chunkBytes = 64
 )
 
-// NewTree reads the TOCs of an image's layers, lowest first. A nil one stands for a layer
-// without files that count. The error is an accel.ErrInvalid.
-func NewTree(tocs [][]byte) (*Tree, error) {
-	if len(tocs) > maxLayers {
-		return nil, fmt.Errorf("%w: %d layers are more than %d", accel.ErrInvalid, len(tocs), maxLayers)
-	}
+// Builder lays the layers of an image over one another, each TOC being read once. It takes them lowest
+// first.
+type Builder struct {
+	t        *Tree
+	layer    int
+	entries  int   // so far
+	bytes    int64 // of memory, about
+	tocBytes int64
+}
+
+// NewBuilder is one without layers.
+func NewBuilder() *Builder {
 	t := &Tree{root: newDir(&Entry{Kind: "dir"})}
-	left := maxEntries
-	for n, toc := range tocs {
+	t.byContent = sync.OnceValue(t.contents)
+	return &Builder{t: t}
+}
+
+// NewTree is a Builder's of TOCs that are at hand, lowest first. A nil one stands for a layer without files that
+// count. The error is an accel.ErrInvalid, or ctx's.
+func NewTree(ctx context.Context, tocs [][]byte) (*Tree, error) {
+	b := NewBuilder()
+	for _, toc := range tocs {
+		var err error
 		if toc == nil {
-			continue
+			err = b.Skip()
+		} else {
+			err = b.Add(ctx, bytes.NewReader(toc))
 		}
-		if err := t.addLayer(n, toc, &left); err != nil {
-			return nil, fmt.Errorf("layer %d: %w", n, err)
-		}
-	}
-	t.byContent = map[accel.ContentID]string{}
-	for name, e := range t.Files("") {
-		if before, ok := t.byContent[e.Content]; e.Regular() && e.Size > 0 && (!ok || name < before) {
-			t.byContent[e.Content] = name
+		if err != nil {
+			return nil, err
 		}
 	}
-	delete(t.byContent, accel.ContentID{})
-	return t, nil
+	return b.Tree(), nil
+}
+
+// Tree is what was built. Nothing may be added any more.
+func (b *Builder) Tree() *Tree { return b.t }
+
+// Skip is Add of a layer that has no files that count.
+func (b *Builder) Skip() error {
+	if b.layer++; b.layer > maxLayers {
+		return fmt.Errorf("%w: more than %d layers", accel.ErrInvalid, maxLayers)
+	}
+	return nil
+}
+
+// Add reads the next layer's TOC, to its end. The error is an accel.ErrInvalid, the reader's or ctx's; the
+// Builder is of no use after it.
+func (b *Builder) Add(ctx context.Context, toc io.Reader) error {
+	if err := b.Skip(); err != nil {
+		return err
+	}
+	if err := b.add(ctx, b.layer-1, toc); err != nil {
+		return fmt.Errorf("layer %d: %w", b.layer-1, err)
+	}
+	return nil
+}
+
+// charge counts a file or a directory with its text, and chunks.
+func (b *Builder) charge(nodes, chunks, textBytes int) error {
+	b.entries += nodes + chunks
+	b.bytes += int64(nodes)*nodeBytes + int64(chunks)*chunkBytes + int64(textBytes)
+	if b.entries > maxEntries || b.bytes > maxTreeBytes {
+		return fmt.Errorf("%w: the image has too many files: more than %d, or %d bytes of what is known of them", accel.ErrInvalid, maxEntries, maxTreeBytes)
+	}
+	return nil
 }
 
 func newDir(e *Entry) *node { return &node{entry: e, children: map[string]*node{}} }
 
-// addLayer lays one layer over what there is. Its whiteouts hide what is below it, not
+// add lays one layer over what there is. Its whiteouts hide what is below it, not
 // its own files, wherever they stand in it.
-func (t *Tree) addLayer(layer int, toc []byte, left *int) error {
-	var names []string
+func (b *Builder) add(ctx context.Context, layer int, toc io.Reader) error {
+	t := b.t
 	var entries []*Entry
 	links := map[string]string{}
-	err := eachEntry(toc, func(name string, e *tocEntry) error {
+	var open *Entry // the file that chunks may follow
+	err := eachEntry(ctx, toc, maxTOCBytes-b.tocBytes, func(name string, e *tocEntry) error {
 		if e.Type == "chunk" {
-			return nil
+			if open != nil && open.Path == name {
+				open.add(e)
+			}
+			return b.charge(0, 1, 0)
 		}
-		if *left--; *left < 0 {
-			return fmt.Errorf("%w: more than %d files", accel.ErrInvalid, maxEntries)
+		open = nil
+		if err := b.charge(1, 0, len(name)+len(e.LinkName)); err != nil {
+			return err
 		}
 		dir, base := path.Split(name)
 		if base == opaqueName {
@@ -108,17 +183,24 @@ func (t *Tree) addLayer(layer int, toc []byte, left *int) error {
 			links[name] = cleanName(e.LinkName)
 			return nil
 		}
-		names = append(names, name)
-		entries = append(entries, &Entry{
-			Layer: layer, Path: name, Kind: e.Type, Size: max(e.Size, 0), Mode: e.Mode, Link: e.LinkName, Content: accel.ContentIDOf(e.Digest),
-		})
+		entry := &Entry{
+			Layer: layer, Path: name, Kind: kindOf(e.Type), Size: min(max(e.Size, 0), maxFileBytes), Mode: e.Mode, Link: e.LinkName, Content: accel.ContentIDOf(e.Digest),
+		}
+		entries = append(entries, entry)
+		if entry.Regular() && entry.Size > 0 {
+			open = entry
+			open.add(e)
+			return b.charge(0, 1, 0)
+		}
 		return nil
-	})
+	}, &b.tocBytes)
 	if err != nil {
 		return err
 	}
-	for n, name := range names {
-		t.put(name, entries[n], layer)
+	for _, e := range entries {
+		if err := b.put(e.Path, e, layer); err != nil {
+			return err
+		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(links)) {
 		target := links[name]
@@ -130,19 +212,59 @@ func (t *Tree) addLayer(layer int, toc []byte, left *int) error {
 			target = next
 		}
 		if e := t.node(target); e != nil && e.children == nil {
-			t.put(name, e.entry, layer)
+			if err := b.put(name, e.entry, layer); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
 }
 
-// put sets a name. A directory over a directory keeps what is in it; what is missing
-// above it is made.
-func (t *Tree) put(name string, e *Entry, layer int) {
-	if name == "" {
+// add takes a chunk in if it makes sense behind those that are there.
+func (e *Entry) add(c *tocEntry) {
+	n := c.ChunkSize
+	if n == 0 {
+		n = e.Size - c.ChunkOffset
+	}
+	from := int64(0)
+	if k := len(e.Chunks); k > 0 {
+		from = e.Chunks[k-1].Offset + e.Chunks[k-1].Bytes
+	}
+	if c.ChunkOffset < from || n <= 0 || n > e.Size || c.ChunkOffset > e.Size-n || c.Offset <= 0 || c.InnerOffset < 0 {
 		return
 	}
-	dir := t.root
+	e.Chunks = append(e.Chunks, FileChunk{Offset: c.ChunkOffset, Bytes: n, Member: c.Offset, Inside: c.InnerOffset, SHA256: sumOf(c.ChunkDigest)})
+}
+
+// sumOf is d's, all zero unless it is a SHA-256.
+func sumOf(d digest.Digest) (sum [32]byte) {
+	text, ok := strings.CutPrefix(d.String(), "sha256:")
+	if !ok || len(text) != hex.EncodedLen(len(sum)) {
+		return sum
+	}
+	if _, err := hex.Decode(sum[:], []byte(text)); err != nil {
+		return [32]byte{}
+	}
+	return sum
+}
+
+// kindOf spares memory: there are few kinds, and many files.
+func kindOf(given string) string {
+	for _, k := range []string{"reg", "dir", "symlink", "char", "block", "fifo"} {
+		if given == k {
+			return k
+		}
+	}
+	return "unknown"
+}
+
+// put sets a name. A directory over a directory keeps what is in it; what is missing
+// above it is made.
+func (b *Builder) put(name string, e *Entry, layer int) error {
+	if name == "" {
+		return nil
+	}
+	dir := b.t.root
 	for rest := name; ; {
 		part, more, deeper := strings.Cut(rest, "/")
 		below := dir.children[part]
@@ -154,14 +276,29 @@ func (t *Tree) put(name string, e *Entry, layer int) {
 			} else {
 				below.entry = e
 			}
-			return
+			return nil
 		}
 		if below == nil || below.children == nil {
+			if err := b.charge(1, 0, 0); err != nil {
+				return err
+			}
 			below = newDir(&Entry{Layer: layer, Kind: "dir", Path: name[:len(name)-len(more)-1]})
 			dir.children[part] = below
 		}
 		dir, rest = below, more
 	}
+}
+
+// contents finds the first file of each content.
+func (t *Tree) contents() map[accel.ContentID]*Entry {
+	found := map[accel.ContentID]*Entry{}
+	t.root.each(nil, "", func(_ string, e *Entry) bool {
+		if _, ok := found[e.Content]; e.Regular() && e.Size > 0 && !ok && !e.Content.IsZero() {
+			found[e.Content] = e
+		}
+		return true
+	})
+	return found
 }
 
 // node is that of a clean name, symlinks not followed.
@@ -181,84 +318,116 @@ func (t *Tree) node(name string) *node {
 // Resolve finds a name as a program in the container would, with all symlinks
 // followed, inside the image. real is its name without any; the entry is nil where
 // there is no such file.
-func (t *Tree) Resolve(name string) (e *Entry, real string) { return t.walk(name, true) }
+func (t *Tree) Resolve(name string) (e *Entry, real string) {
+	e, real, _ = t.walk(name, true)
+	return e, real
+}
 
 // Lookup is Resolve but for the last part of the name, which is taken as it is.
-func (t *Tree) Lookup(name string) (e *Entry, real string) { return t.walk(name, false) }
+func (t *Tree) Lookup(name string) (e *Entry, real string) {
+	e, real, _ = t.walk(name, false)
+	return e, real
+}
+
+// resolve is Resolve that is paid for.
+func (t *Tree) resolve(w *work, name string) (e *Entry, real string) {
+	if w.err != nil {
+		return nil, ""
+	}
+	e, real, steps := t.walk(name, true)
+	if !w.spend(steps) {
+		return nil, ""
+	}
+	return e, real
+}
 
 // maxSteps bounds one lookup, where links lead back and forth.
 const maxSteps = 4096
 
-func (t *Tree) walk(name string, followLast bool) (*Entry, string) {
-	if len(name) > maxPathBytes {
-		return nil, ""
+func (t *Tree) walk(name string, followLast bool) (e *Entry, real string, steps int) {
+	if len(name) > MaxPathBytes {
+		return nil, "", 1
 	}
-	type level struct {
-		n    *node
-		name string
-	}
-	at := []level{{t.root, ""}}
-	rest := strings.Split(name, "/")
-	links, steps := 0, 0
-	for len(rest) > 0 {
+	at, parts := []*node{t.root}, make([]string, 0, 16)
+	links := 0
+	for rest, more := name, true; more; {
 		if steps++; steps > maxSteps {
-			return nil, ""
+			return nil, "", steps
 		}
-		part := rest[0]
-		rest = rest[1:]
+		var part string
+		part, rest, more = strings.Cut(rest, "/")
 		switch part {
 		case "", ".":
 			continue
 		case "..":
-			at = at[:max(1, len(at)-1)]
+			parts = parts[:max(0, len(parts)-1)]
+			at = at[:len(parts)+1]
 			continue
 		}
-		here := at[len(at)-1]
-		n := here.n.children[part]
+		n := at[len(at)-1].children[part]
 		if n == nil {
-			return nil, ""
+			return nil, "", steps
 		}
-		if n.entry.Kind == "symlink" && (followLast || len(rest) > 0) {
-			if links++; links > maxLinks || len(n.entry.Link) > maxPathBytes {
-				return nil, ""
+		if n.entry.Kind == "symlink" && (followLast || more) {
+			if links++; links > maxLinks || len(n.entry.Link) > MaxPathBytes {
+				return nil, "", steps
 			}
 			if strings.HasPrefix(n.entry.Link, "/") {
-				at = at[:1]
+				at, parts = at[:1], parts[:0]
 			}
-			rest = append(strings.Split(n.entry.Link, "/"), rest...)
+			if more {
+				rest = n.entry.Link + "/" + rest
+			} else {
+				rest, more = n.entry.Link, true
+			}
 			continue
 		}
-		at = append(at, level{n, path.Join(here.name, part)})
+		at, parts = append(at, n), append(parts, part)
 	}
-	last := at[len(at)-1]
-	return last.n.entry, last.name
+	return at[len(at)-1].entry, strings.Join(parts, "/"), steps
 }
 
-// Names lists a directory, sorted.
-func (t *Tree) Names(dir string) []string {
-	_, real := t.Resolve(dir)
+// names lists a directory, sorted.
+func (t *Tree) names(w *work, dir string) []string {
+	e, real := t.resolve(w, dir)
+	if e == nil {
+		return nil
+	}
 	n := t.node(real)
-	if n == nil || (real == "" && path.Clean("/"+dir) != "/") {
+	if n == nil || !w.spend(len(n.children)) {
 		return nil
 	}
 	return slices.Sorted(maps.Keys(n.children))
 }
 
-// Files is everything below a directory, in the order of the names, the directory
+// files is everything below a directory, in the order of the names, the directory
 // itself left out.
-func (t *Tree) Files(dir string) func(yield func(name string, e *Entry) bool) {
+func (t *Tree) files(w *work, dir string) func(yield func(name string, e *Entry) bool) {
 	return func(yield func(string, *Entry) bool) {
-		if n := t.node(cleanName(dir)); n != nil {
-			n.each(cleanName(dir), yield)
+		if n := t.node(dir); n != nil {
+			n.each(w, dir, yield)
 		}
 	}
 }
 
-func (n *node) each(name string, yield func(string, *Entry) bool) bool {
+// each is paid by w, unless that is nil.
+func (n *node) each(w *work, name string, yield func(string, *Entry) bool) bool {
+	if len(n.children) == 0 {
+		return true
+	}
+	if w != nil && !w.spend(len(n.children)) {
+		return false
+	}
 	for _, part := range slices.Sorted(maps.Keys(n.children)) {
 		c := n.children[part]
-		below := path.Join(name, part)
-		if !yield(below, c.entry) || !c.each(below, yield) {
+		below := part
+		if name != "" {
+			below = name + "/" + part
+		}
+		if w != nil && !w.spend(len(below)/globStep) {
+			return false
+		}
+		if !yield(below, c.entry) || !c.each(w, below, yield) {
 			return false
 		}
 	}

@@ -77,14 +77,14 @@ func TestTree(t *testing.T) {
 
 func TestTreeRefuses(t *testing.T) {
 	for _, bad := range []string{"", "[]", "{", `{"entries":{}}`, `{"entries":[{"name":5}]}`, `{"entries":[]`, `{"entries":[]}x`, `{"entries":[{"name":"` + strings.Repeat("a/", 2100) + `"}]}`} {
-		if _, err := profile.NewTree([][]byte{[]byte(bad)}); !errors.Is(err, accel.ErrInvalid) {
+		if _, err := profile.NewTree(t.Context(), [][]byte{[]byte(bad)}); !errors.Is(err, accel.ErrInvalid) {
 			t.Errorf("%.40s: %v", bad, err)
 		}
 	}
-	if _, err := profile.NewTree(make([][]byte, 513)); !errors.Is(err, accel.ErrInvalid) {
+	if _, err := profile.NewTree(t.Context(), make([][]byte, 513)); !errors.Is(err, accel.ErrInvalid) {
 		t.Error(err)
 	}
-	if tree, err := profile.NewTree([][]byte{nil, []byte(`{"version":1,"odd":{"a":[1]},"entries":[{"name":"a","type":"reg"}]}`)}); err != nil || len(tree.Names("/")) != 1 {
+	if tree, err := profile.NewTree(t.Context(), [][]byte{nil, []byte(`{"version":1,"odd":{"a":[1]},"entries":[{"name":"a","type":"reg"}]}`)}); err != nil || len(tree.Names("/")) != 1 {
 		t.Error(err)
 	}
 }
@@ -92,7 +92,7 @@ func TestTreeRefuses(t *testing.T) {
 func FuzzTree(f *testing.F) {
 	f.Add(layerOf(f, file("a/b", 100_000, "x"), symlink("l", "a"), hardlink("h", "a/b"), file("a/.wh.c", 0, "")).toc, "l/b")
 	f.Fuzz(func(t *testing.T, toc []byte, name string) {
-		tree, err := profile.NewTree([][]byte{toc, toc})
+		tree, err := profile.NewTree(t.Context(), [][]byte{toc, toc})
 		if err != nil {
 			if !errors.Is(err, accel.ErrInvalid) {
 				t.Fatal(err)
@@ -108,7 +108,7 @@ func FuzzTree(f *testing.F) {
 			tree.Lookup(name)
 		}
 		empty := layerOf(t)
-		if _, err := profile.NewLayer(imageA, toc, empty); err != nil && !errors.Is(err, accel.ErrInvalid) {
+		if _, err := joined(toc, empty); err != nil && !errors.Is(err, accel.ErrInvalid) {
 			t.Fatal(err)
 		}
 	})

@@ -195,7 +195,7 @@ func viewOfDirs(t testing.TB, dirs []string) profile.View {
 		}
 		tocs = append(tocs, b)
 	}
-	tree, err := profile.NewTree(tocs)
+	tree, err := profile.NewTree(t.Context(), tocs)
 	must(t, err)
 	return profile.View{Tree: tree, Read: func(_ context.Context, layer int, e *profile.Entry, offset, n int64) ([]byte, error) {
 		f, err := os.Open(filepath.Join(dirs[layer], e.Path))

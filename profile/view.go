@@ -2,11 +2,8 @@ package profile
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-
-	"accel"
 )
 
 // View is an image's files with their content.
@@ -20,22 +17,16 @@ type View struct {
 const (
 	// maxReadBytes bounds what a prediction reads of an image in all. Python with pandas
 	// and scipy takes 20 MB.
-	maxReadBytes = 256 << 20
+	maxReadBytes = 128 << 20
 	// maxTextBytes is the largest file that is read for what it refers to.
 	maxTextBytes = 4 << 20
-	blockBytes   = 64 << 10
 )
 
-// errSpent ends a prediction early: it has read, or looked for, all that it may. What was
-// found stays.
-var errSpent = errors.New("a prediction has done all that it may")
-
-// reader reads files of a view, within the bound. Once a read failed, all do.
+// reader reads files of a view, within the bounds. Once a read failed, all do.
 type reader struct {
-	ctx  context.Context
-	view View
-	left int64
-	err  error
+	*work
+	view   View
+	unread int64 // bytes that may still be read
 }
 
 // at reads a part of e; nil after an error or at the end.
@@ -44,7 +35,7 @@ func (r *reader) at(e *Entry, offset, n int64) []byte {
 	if r.err != nil || offset < 0 || n <= 0 {
 		return nil
 	}
-	if r.left -= n; r.left < 0 {
+	if r.unread -= n; r.unread < 0 {
 		r.err = errSpent
 		return nil
 	}
@@ -69,29 +60,4 @@ func (r *reader) text(e *Entry) []byte {
 		return nil
 	}
 	return r.at(e, 0, e.Size)
-}
-
-// readerAt is e for the standard library's readers, in blocks.
-type readerAt struct {
-	r     *reader
-	e     *Entry
-	block int64 // what b begins with, in blocks
-	b     []byte
-}
-
-func (a *readerAt) ReadAt(p []byte, offset int64) (n int, err error) {
-	for n < len(p) {
-		at := offset + int64(n)
-		if at < 0 || at >= a.e.Size {
-			return n, io.EOF
-		}
-		if block := at / blockBytes; a.b == nil || a.block != block {
-			if a.b = a.r.at(a.e, block*blockBytes, blockBytes); a.b == nil {
-				return n, errors.Join(accel.ErrNotFound, a.r.err)
-			}
-			a.block = block
-		}
-		n += copy(p[n:], a.b[at-a.block*blockBytes:])
-	}
-	return n, nil
 }

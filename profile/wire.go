@@ -117,7 +117,7 @@ func decodeFiles(layers []wireLayer, maxPathsBytes int) (files []file, err error
 		before := ""
 		for n, name := range w.Names {
 			keep := w.Keep[n]
-			if keep < 0 || keep > len(before) || keep+len(name) > maxPathBytes {
+			if keep < 0 || keep > len(before) || keep+len(name) > MaxPathBytes {
 				return nil, fmt.Errorf("%w: layer %d: name %d shares %d bytes with the one before", accel.ErrInvalid, w.Layer, n, keep)
 			}
 			f := file{place: place{w.Layer, before[:keep] + name}}

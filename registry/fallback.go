@@ -50,18 +50,6 @@ func (c *Client) fallback(ctx context.Context, r repo, subject string) (fallback
 	return f, nil
 }
 
-func (f fallback) descriptors() ([]v1.Descriptor, error) {
-	all := make([]v1.Descriptor, 0, len(f.Manifests))
-	for i, raw := range f.Manifests {
-		var d v1.Descriptor
-		if err := json.Unmarshal(raw, &d); err != nil {
-			return nil, fmt.Errorf("%w: entry %d of a referrers tag: %w", accel.ErrInvalid, i, err)
-		}
-		all = append(all, d)
-	}
-	return all, nil
-}
-
 // position of the entry with digest d, -1 where there is none.
 func (f fallback) position(d string) int {
 	return slices.IndexFunc(f.Manifests, func(raw json.RawMessage) bool {

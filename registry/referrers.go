@@ -1,12 +1,12 @@
 package registry
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 
 	"accel"
 
@@ -15,10 +15,22 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
 )
 
-// maxReferrersPages bounds a listing of up to MaxManifestBytes each.
-const maxReferrersPages = 64
+// Bounds of a listing: whoever may push to a repository can attach any number. What is beyond them is not
+// listed.
+const (
+	maxReferrersPages = 64
+	maxReferrersBytes = 16 << 20
+	maxReferrers      = 4096
+	// maxReferrerReads is how many of them are read for what the listing does not say of them, and
+	// referrerReaders how many at a time.
+	maxReferrerReads = 64
+	referrerReaders  = 8
+	// maxReferrerBytes is the largest manifest whose annotations are taken; a mapping of 127 layers has 70 kB.
+	maxReferrerBytes = 1 << 20
+)
 
 // emptyConfig is the config and the one layer of an artifact that is all in its
 // annotations (image spec, "Guidance for an Empty Descriptor").
@@ -111,41 +123,125 @@ func referrerOf(raw []byte) (subject *v1.Descriptor, desc v1.Descriptor, err err
 	return m.Subject, desc, nil
 }
 
-// Referrers lists what refers to subject: referrers API, or the fallback tag.
-// An empty artifactType lists all types. Nothing that refers is no error.
-func (c *Client) Referrers(ctx context.Context, repository string, subject digest.Digest, artifactType string) ([]v1.Descriptor, error) {
+// Referrers lists what refers to subject: referrers API, or the fallback tag. Of the types that are named, or of all
+// where none is, or an empty one. What refers has its type and annotations where types are named, also where
+// the registry's listing leaves them out; what cannot be read is not in it. Nothing that refers is no error.
+func (c *Client) Referrers(ctx context.Context, repository string, subject digest.Digest, artifactTypes ...string) ([]v1.Descriptor, error) {
 	r, err := c.target(repository, subject.String())
 	if err != nil {
 		return nil, err
 	}
-	return c.referrers(ctx, r, subject, artifactType)
+	return c.referrers(ctx, r, subject, artifactTypes...)
 }
 
-func (c *Client) referrers(ctx context.Context, r repo, subject digest.Digest, artifactType string) ([]v1.Descriptor, error) {
+func (c *Client) referrers(ctx context.Context, r repo, subject digest.Digest, artifactTypes ...string) ([]v1.Descriptor, error) {
 	all, err := c.allReferrers(ctx, r, subject.String())
+	if err == nil && len(artifactTypes) > 0 && !slices.Contains(artifactTypes, "") {
+		all, err = c.ofTypes(ctx, r, all, artifactTypes)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("list what refers to %s@%s: %w", r, subject, err)
 	}
-	found := []v1.Descriptor{}
-	for _, d := range all {
-		if artifactType != "" && d.ArtifactType == string(emptyConfig.MediaType) {
-			// The registry has looked at the config alone; the manifest says the type.
-			raw, _, err := c.manifest(ctx, r, d.Digest.String())
-			if errors.Is(err, accel.ErrNotFound) {
-				continue
-			}
-			if err != nil {
-				return nil, fmt.Errorf("list what refers to %s@%s: %w", r, subject, err)
-			}
-			if _, known, err := referrerOf(raw); err == nil {
-				d.ArtifactType = known.ArtifactType
-			}
-		}
-		if artifactType == "" || d.ArtifactType == artifactType {
-			found = append(found, d)
+	if all == nil {
+		all = []v1.Descriptor{}
+	}
+	return all, nil
+}
+
+// descriptorsOf leaves out what makes no sense: one bad entry is no reason to find none of the others.
+func descriptorsOf(entries []json.RawMessage) (all []v1.Descriptor) {
+	for _, raw := range entries {
+		var d v1.Descriptor
+		if json.Unmarshal(raw, &d) == nil && validDigest(digest.Digest(d.Digest.String())) == nil && len(all) < maxReferrers {
+			all = append(all, d)
 		}
 	}
-	return found, nil
+	return all
+}
+
+// typeUnknown says that a listing does not tell an artifact's type: the registry has left it out, or has looked at the
+// config alone.
+func typeUnknown(d v1.Descriptor) bool {
+	return d.ArtifactType == "" || d.ArtifactType == string(emptyConfig.MediaType)
+}
+
+// ofTypes keeps what is of one of the types, each with what its manifest says where the listing does not. Where nothing is
+// left because the registry did not answer, that is the error.
+func (c *Client) ofTypes(ctx context.Context, r repo, all []v1.Descriptor, artifactTypes []string) ([]v1.Descriptor, error) {
+	wanted := func(d v1.Descriptor) bool { return slices.Contains(artifactTypes, d.ArtifactType) }
+	kept := make([]v1.Descriptor, 0, len(all))
+	errs := make([]error, 0, maxReferrerReads)
+	var readers errgroup.Group
+	readers.SetLimit(referrerReaders)
+	for _, d := range all {
+		if !typeUnknown(d) && !wanted(d) {
+			continue
+		}
+		kept = append(kept, d)
+		if n := len(kept) - 1; (typeUnknown(d) || len(d.Annotations) == 0) && len(errs) < maxReferrerReads {
+			errs = append(errs, nil)
+			failed, read := &errs[len(errs)-1], &kept[n] // neither list is moved: both have room
+			readers.Go(func() error {
+				*failed = c.complete(ctx, r, read)
+				return nil
+			})
+		}
+	}
+	readers.Wait() //nolint:errcheck // none returns one
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	kept = slices.DeleteFunc(kept, func(d v1.Descriptor) bool { return !wanted(d) })
+	if len(kept) == 0 {
+		for _, err := range errs {
+			if Unreachable(err) {
+				return nil, err
+			}
+		}
+	}
+	return kept, nil
+}
+
+// complete gives a referrer the type and the annotations that its manifest has; one that is gone has none.
+func (c *Client) complete(ctx context.Context, r repo, d *v1.Descriptor) error {
+	raw, _, err := c.manifest(ctx, r, d.Digest.String())
+	if errors.Is(err, accel.ErrNotFound) {
+		d.ArtifactType = ""
+	}
+	if err != nil {
+		return err
+	}
+	_, known, err := referrerOf(raw)
+	if err != nil {
+		return err
+	}
+	d.ArtifactType = known.ArtifactType
+	if len(raw) <= maxReferrerBytes {
+		d.Annotations = known.Annotations
+	}
+	return nil
+}
+
+// DeleteReferrer deletes the artifact d of that type which refers to subject; none is gone already. The manifest itself
+// says what it is, not a listing, which may name anything that the Client may delete. accel.ErrConflict
+// where it is something else, which stays.
+func (c *Client) DeleteReferrer(ctx context.Context, repository string, subject digest.Digest, artifactType string, d digest.Digest) error {
+	r, err := c.target(repository, d.String())
+	if err != nil {
+		return err
+	}
+	raw, _, err := c.manifest(ctx, r, d.String())
+	if errors.Is(err, accel.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	of, desc, err := referrerOf(raw)
+	if err != nil || of == nil || of.Digest.String() != subject.String() || artifactType == "" || desc.ArtifactType != artifactType {
+		return fmt.Errorf("%w: manifest %s@%s is no %q that refers to %s; it is not deleted", accel.ErrConflict, r, d, artifactType, subject)
+	}
+	return c.Delete(ctx, repository, d)
 }
 
 // allReferrers asks the referrers API, and at the same time for the fallback tag, unless the host has shown that it has
@@ -162,7 +258,7 @@ func (c *Client) allReferrers(ctx context.Context, r repo, subject string) ([]v1
 		var all []v1.Descriptor
 		tag, err := c.fallback(bounded, r, subject)
 		if err == nil {
-			all, err = tag.descriptors()
+			all = descriptorsOf(tag.Manifests)
 		}
 		tagged <- answer{all, err}
 	}
@@ -197,10 +293,8 @@ var errNoReferrersAPI = errors.New("the registry has no referrers API")
 func (c *Client) referrersAPI(ctx context.Context, r repo, subject string) ([]v1.Descriptor, error) {
 	at := r.url("referrers/" + subject)
 	var all []v1.Descriptor
-	for page := 0; at != ""; page++ {
-		if page == maxReferrersPages {
-			return nil, fmt.Errorf("%w: a listing of more than %d pages", accel.ErrInvalid, maxReferrersPages)
-		}
+	bytes := 0
+	for page := 0; at != "" && page < maxReferrersPages && bytes < maxReferrersBytes && len(all) < maxReferrers; page++ {
 		header, raw, err := c.read(ctx, r, request{
 			method: http.MethodGet,
 			url:    at,
@@ -214,11 +308,15 @@ func (c *Client) referrersAPI(ctx context.Context, r repo, subject string) ([]v1
 		if err != nil {
 			return nil, err
 		}
-		m, err := v1.ParseIndexManifest(bytes.NewReader(raw))
-		if err != nil {
+		var list struct {
+			Manifests []json.RawMessage `json:"manifests"`
+		}
+		if err := json.Unmarshal(raw, &list); err != nil {
 			return nil, fmt.Errorf("%w: referrers listing: %w", accel.ErrInvalid, err)
 		}
-		all = append(all, m.Manifests...)
+		bytes += len(raw)
+		found := descriptorsOf(list.Manifests)
+		all = append(all, found[:min(len(found), maxReferrers-len(all))]...)
 		if at, err = nextPage(r, at, header); err != nil {
 			return nil, err
 		}

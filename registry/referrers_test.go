@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -265,7 +266,7 @@ func TestReferrersAPI(t *testing.T) {
 	page := func(ds ...string) []byte {
 		m := v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
 		for _, d := range ds {
-			m.Manifests = append(m.Manifests, v1.Descriptor{MediaType: types.OCIManifestSchema1, ArtifactType: accel.MediaTypeMapping,
+			m.Manifests = append(m.Manifests, v1.Descriptor{MediaType: types.OCIManifestSchema1, ArtifactType: accel.MediaTypeMapping, Annotations: map[string]string{"a": "b"},
 				Digest: v1.Hash{Algorithm: "sha256", Hex: digest.FromString(d).Encoded()}})
 		}
 		m.Manifests = append(m.Manifests, v1.Descriptor{MediaType: types.OCIManifestSchema1, ArtifactType: "other", Digest: v1.Hash{Algorithm: "sha256", Hex: digest.FromString("other").Encoded()}})
@@ -304,6 +305,166 @@ func TestReferrersAPI(t *testing.T) {
 	front.set(on(http.MethodGet, "/referrers/", 0, status(503)))
 	if _, err := c.Referrers(ctx, host+"/app", digest.FromString("subject"), ""); err == nil {
 		t.Error("a 503 was taken for an empty listing")
+	}
+}
+
+// TestPoorListings: a registry may leave out types and annotations, or tell the config's type; one that cannot be read, or is
+// gone, hides none of the others.
+func TestPoorListings(t *testing.T) {
+	ctx := context.Background()
+	front := &faulty{next: newGGCR()}
+	host := serve(t, front)
+	c := newClient(t, host)
+	repository := host + "/app"
+	img := newImage(t, 100, 1)
+	if err := c.PushImage(ctx, repository, img); err != nil {
+		t.Fatal(err)
+	}
+	subject := descriptor(t, c, repository, digestOf(t, img))
+	attach := func(kind, n string) v1.Descriptor {
+		t.Helper()
+		d, err := c.Attach(ctx, repository, subject, kind, map[string]string{"n": n})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return descriptor(t, c, repository, d)
+	}
+	mapping, profile, other := attach(accel.MediaTypeMapping, "m"), attach(accel.MediaTypeProfile, "p"), attach("other", "o")
+	gone := v1.Descriptor{MediaType: types.OCIManifestSchema1, Digest: v1.Hash{Algorithm: "sha256", Hex: digest.FromString("gone").Encoded()}, Size: 5}
+	broken := v1.Descriptor{MediaType: types.OCIManifestSchema1, Digest: v1.Hash{Algorithm: "sha256", Hex: digest.FromString("broken").Encoded()}, Size: 5}
+	listing := func(kind func(d v1.Descriptor) v1.Descriptor, odd string, ds ...v1.Descriptor) fault {
+		m := v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
+		for _, d := range ds {
+			m.Manifests = append(m.Manifests, kind(d))
+		}
+		raw, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw = bytes.Replace(raw, []byte(`"manifests":[`), []byte(`"manifests":[`+odd), 1)
+		return func(w http.ResponseWriter, r *http.Request, next http.Handler) bool {
+			switch {
+			case strings.Contains(r.URL.Path, "/referrers/"):
+				w.Header().Set("Content-Type", string(types.OCIImageIndex))
+				w.Write(raw)
+			case strings.Contains(r.URL.Path, broken.Digest.Hex):
+				w.WriteHeader(http.StatusInternalServerError)
+			default:
+				return false
+			}
+			return true
+		}
+	}
+	as := func(kind string) func(v1.Descriptor) v1.Descriptor {
+		return func(d v1.Descriptor) v1.Descriptor {
+			d.ArtifactType = kind
+			return d
+		}
+	}
+	for name, front2 := range map[string]fault{
+		"no type":               listing(as(""), "", gone, mapping, broken, profile, other),
+		"the config's type":     listing(as("application/vnd.oci.empty.v1+json"), "", broken, mapping, gone, profile, other),
+		"entries without sense": listing(as(""), `{"digest":"sha256:../../x","mediaType":5},"text",{},null,`, mapping, profile),
+	} {
+		front.set(front2)
+		refs, err := c.Referrers(ctx, repository, digestOf(t, img), accel.MediaTypeMapping, accel.MediaTypeProfile)
+		if err != nil || len(refs) != 2 || refs[0].Digest != mapping.Digest || refs[1].Digest != profile.Digest {
+			t.Errorf("%s: %+v, %v", name, refs, err)
+			continue
+		}
+		if refs[0].ArtifactType != accel.MediaTypeMapping || refs[0].Annotations["n"] != "m" || refs[1].ArtifactType != accel.MediaTypeProfile || refs[1].Annotations["n"] != "p" {
+			t.Errorf("%s: %+v", name, refs)
+		}
+		all, err := c.Referrers(ctx, repository, digestOf(t, img))
+		if err != nil || len(all) < 2 {
+			t.Errorf("%s: all are %v, %v", name, all, err)
+		}
+	}
+	// The type is there, the annotations are not.
+	front.set(listing(as(accel.MediaTypeMapping), "", mapping, gone))
+	refs, err := c.Referrers(ctx, repository, digestOf(t, img), accel.MediaTypeMapping)
+	if err != nil || len(refs) != 1 || refs[0].Annotations["n"] != "m" {
+		t.Errorf("without annotations: %+v, %v", refs, err)
+	}
+	// Nothing is found because the registry is away: that is not "none".
+	front.set(listing(as(""), "", broken))
+	if refs, err := c.Referrers(ctx, repository, digestOf(t, img), accel.MediaTypeMapping); err == nil {
+		t.Errorf("a registry that is away has %v", refs)
+	}
+	// What anybody can attach is bounded.
+	var many []v1.Descriptor
+	for n := range 3000 {
+		d := mapping
+		d.Digest.Hex = digest.FromString(fmt.Sprint(n)).Encoded()
+		many = append(many, d)
+	}
+	front.set(listing(as(""), "", many...))
+	if refs, err := c.Referrers(ctx, repository, digestOf(t, img), accel.MediaTypeMapping); err != nil || len(refs) > 0 {
+		t.Errorf("many: %d, %v", len(refs), err)
+	}
+	if n := len(front.requests("GET /v2/app/manifests/")); n > 64 {
+		t.Errorf("%d manifests were read for one listing", n)
+	}
+}
+
+// TestEndlessListing: pages without an end, or huge ones, are read up to a bound.
+func TestEndlessListing(t *testing.T) {
+	front := &faulty{next: newGGCR()}
+	host := serve(t, front)
+	c := newClient(t, host)
+	entry := fmt.Sprintf(`{"mediaType":%q,"size":5,"artifactType":"t","annotations":{"a":%q},"digest":`, types.OCIManifestSchema1, strings.Repeat("x", 1<<20))
+	pages := 0
+	front.set(on(http.MethodGet, "/referrers/", 0, func(w http.ResponseWriter, r *http.Request, _ http.Handler) bool {
+		pages++
+		w.Header().Set("Content-Type", string(types.OCIImageIndex))
+		w.Header().Set("Link", fmt.Sprintf(`<%s?page=%d>; rel="next"`, r.URL.Path, pages))
+		fmt.Fprintf(w, `{"manifests":[%s"%s"}]}`, entry, digest.FromString(fmt.Sprint(pages)))
+		return true
+	}))
+	refs, err := c.Referrers(context.Background(), host+"/app", digest.FromString("subject"), "t")
+	if err != nil || len(refs) == 0 || pages > 17 {
+		t.Errorf("%d of %d pages, %v", len(refs), pages, err)
+	}
+}
+
+// TestDeleteReferrer: what the manifest says counts, whatever a listing named it.
+func TestDeleteReferrer(t *testing.T) {
+	ctx := context.Background()
+	host := serve(t, newGGCR())
+	c := newClient(t, host)
+	repository := host + "/app"
+	img, victim := newImage(t, 100, 1), newImage(t, 200, 1)
+	for _, i := range []v1.Image{img, victim} {
+		if err := c.PushImage(ctx, repository, i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	own, err := c.Attach(ctx, repository, descriptor(t, c, repository, digestOf(t, img)), accel.MediaTypeProfile, map[string]string{"n": "1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	others, err := c.Attach(ctx, repository, descriptor(t, c, repository, digestOf(t, victim)), accel.MediaTypeProfile, map[string]string{"n": "1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, x := range map[string]struct {
+		kind string
+		d    digest.Digest
+	}{"an image": {accel.MediaTypeProfile, digestOf(t, victim)}, "another image's": {accel.MediaTypeProfile, others}, "another type": {accel.MediaTypeMapping, own}, "no type": {"", own}} {
+		if err := c.DeleteReferrer(ctx, repository, digestOf(t, img), x.kind, x.d); !errors.Is(err, accel.ErrConflict) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if _, err := c.Head(ctx, repository, x.d.String()); err != nil {
+			t.Errorf("%s is deleted: %v", name, err)
+		}
+	}
+	for range 2 { // what is gone already is no error
+		if err := c.DeleteReferrer(ctx, repository, digestOf(t, img), accel.MediaTypeProfile, own); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := c.Head(ctx, repository, own.String()); !errors.Is(err, accel.ErrNotFound) {
+		t.Errorf("it is still there: %v", err)
 	}
 }
 

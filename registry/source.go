@@ -163,11 +163,11 @@ func (s *Source) Tags(ctx context.Context, query url.Values) (tags []string, nex
 }
 
 // Referrers is Client.Referrers with this credential.
-func (s *Source) Referrers(ctx context.Context, subject digest.Digest, artifactType string) ([]v1.Descriptor, error) {
+func (s *Source) Referrers(ctx context.Context, subject digest.Digest, artifactTypes ...string) ([]v1.Descriptor, error) {
 	if err := validDigest(subject); err != nil {
 		return nil, err
 	}
-	return s.c.referrers(ctx, s.r, subject, artifactType)
+	return s.c.referrers(ctx, s.r, subject, artifactTypes...)
 }
 
 // Challenge asks how the registry wants to be authenticated to (WWW-Authenticate, as it

@@ -3,6 +3,7 @@ package worker_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"log"
@@ -295,4 +296,20 @@ func blobUpload(r *http.Request) bool {
 
 func manifestPut(r *http.Request) bool {
 	return r.Method == http.MethodPut && strings.Contains(r.URL.Path, "/manifests/")
+}
+
+// putManifest writes a manifest past the faults, and past the client.
+func (b *bed) putManifest(repository, tag, mediaType string, m any) {
+	b.t.Helper()
+	raw, err := json.Marshal(m)
+	must(b.t, err)
+	r, err := http.NewRequest(http.MethodPut, "http://"+b.host+"/v2/"+repository+"/manifests/"+tag, bytes.NewReader(raw))
+	must(b.t, err)
+	r.Header.Set("Content-Type", mediaType)
+	answer, err := markedTransport{}.RoundTrip(r)
+	must(b.t, err)
+	must(b.t, answer.Body.Close())
+	if answer.StatusCode != http.StatusCreated {
+		b.t.Fatalf("put %s: %s", tag, answer.Status)
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"accel"
@@ -26,16 +27,28 @@ const (
 	foretellGrace = 2 * time.Second
 	// foretellLimit bounds one that goes on after Ready, and one that a check begins.
 	foretellLimit = 30 * time.Second
+	// stopLimit is how long one that is stopped is waited for.
+	stopLimit = 10 * time.Second
+	// maxForetells bounds how many images are looked into at a time: each may take some 400 MB, where it has a million
+	// files.
+	maxForetells = 2
 )
+
+// errLate is why a prediction is stopped that takes too long.
+var errLate = errors.New("what starts of an image read is not predicted in time")
 
 // forecast is a prediction that goes on beside other work. A nil one is none.
 type forecast struct {
 	done   chan struct{}
-	cancel context.CancelFunc
+	cancel context.CancelCauseFunc
+
+	mu      sync.Mutex
+	ended   bool
+	release func() // to be called at its end; nil: nothing
 }
 
 // foretell begins to predict what starts of an image that was just converted read. It reads
-// conv, which must not be closed before stop has returned. ctx must outlive the record's lease.
+// conv, which must not be closed but by stop. ctx must outlive the record's lease.
 func (k *Worker) foretell(ctx context.Context, rec accel.Record, conv *convert.Result, repository string) *forecast {
 	if k.Profiles == nil {
 		return nil
@@ -43,10 +56,10 @@ func (k *Worker) foretell(ctx context.Context, rec accel.Record, conv *convert.R
 	if conv.Unchanged {
 		repository = rec.Repository
 	}
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := context.WithCancelCause(ctx)
 	f := &forecast{done: make(chan struct{}), cancel: cancel}
 	go func() {
-		defer close(f.done)
+		defer f.end()
 		for _, m := range conv.Mappings {
 			m.TargetRepository = repository
 			img, err := memberImage(conv.Image, conv.Index, m.TargetManifest)
@@ -75,12 +88,32 @@ func (f *forecast) wait(ctx context.Context, limit time.Duration) (ended bool) {
 	return false
 }
 
-// stop ends it.
-func (f *forecast) stop() {
-	if f != nil {
-		f.cancel()
-		<-f.done
+// stop ends it, because of why, and has release called as soon as it has ended: before stop returns, unless that takes
+// longer than stopLimit.
+func (f *forecast) stop(ctx context.Context, why error, release func()) {
+	if f == nil {
+		release()
+		return
 	}
+	f.cancel(why)
+	f.wait(context.WithoutCancel(ctx), stopLimit)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.ended {
+		release()
+		return
+	}
+	f.release = release
+}
+
+func (f *forecast) end() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.ended = true
+	if f.release != nil {
+		f.release()
+	}
+	close(f.done)
 }
 
 // foretold says how a prediction ended. A profile is a hint: that there is none is no
@@ -137,8 +170,16 @@ func (k *Worker) learn(ctx context.Context, rec accel.Record, m accel.Mapping, i
 	if known, err := k.Profiles.Knows(ctx, m.SourceManifest, at); known || err != nil {
 		return err
 	}
+	var given ledger.Given
 	started := time.Now()
-	given, err := k.given(ctx, rec, m, img)
+	leave, err := k.enter(ctx)
+	if err == nil {
+		started = time.Now()
+		given, err = k.given(ctx, rec, m, img)
+		leave()
+		// One that was not let go on is no failure of the image's.
+		given.Failed = err != nil && (ctx.Err() == nil || errors.Is(context.Cause(ctx), errLate))
+	}
 	// What is known without the image's content, and that there is an image whose starts can be
 	// reported, does not depend on time.
 	keep, cancel := context.WithTimeout(context.WithoutCancel(ctx), foretellGrace)
@@ -150,45 +191,54 @@ func (k *Worker) learn(ctx context.Context, rec accel.Record, m accel.Mapping, i
 	return err
 }
 
+// enter waits until an image may be looked into. The error is ctx's.
+func (k *Worker) enter(ctx context.Context) (leave func(), err error) {
+	select {
+	case k.foretelling <- struct{}{}:
+		return func() { <-k.foretelling }, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
 func (k *Worker) given(ctx context.Context, rec accel.Record, m accel.Mapping, img v1.Image) (g ledger.Given, err error) {
-	view, err := k.view(ctx, m, img)
+	local, err := img.Layers()
 	if err != nil {
 		return g, err
 	}
-	tocs := make([][]byte, len(view.layers))
-	for n, l := range view.layers {
-		if l != nil {
-			tocs[n] = l.toc
-		}
-	}
-	tree, err := profile.NewTree(tocs)
+	view, err := k.view(ctx, m, local)
 	if err != nil {
 		return g, err
 	}
-	start, err := startOf(img)
+	start, list, err := startOf(img)
 	if err != nil {
 		return g, err
 	}
-	g.Listed = notNil(profile.Listed(tree, profile.ListOf(start.Labels[profile.LabelPrefetch])))
+	listing, err := profile.Listed(ctx, view.tree, profile.ListOf(list))
+	if err != nil {
+		return g, err
+	}
+	g.Listed = notNil(listing.Items)
 	ancestor, err := k.Profiles.Ancestor(ctx, rec.Repository, m.Platform, m.SourceManifest, k.formerDigests(ctx, rec)...)
 	if err != nil && !errors.Is(err, accel.ErrNotFound) {
 		return g, err
 	}
 	inherits := err == nil
 	if inherits {
-		g.Inherited = profile.Inherit(ancestor.Profile, nil, tree, m.SourceManifest).Items
+		g.Inherited = profile.Inherit(ancestor.Profile, view.tree, m.SourceManifest).Items
 	}
 	if k.SkipPrediction {
 		g.Predicted = []accel.ProfileItem{} // it will not be tried again
 		return g, nil
 	}
-	predicted, err := profile.Predict(ctx, profile.View{Tree: tree, Read: view.read}, start)
+	start.Listed = g.Listed
+	predicted, err := profile.Predict(ctx, profile.View{Tree: view.tree, Read: view.read}, start)
 	if err != nil {
 		return g, err
 	}
 	g.Predicted = notNil(predicted)
 	if inherits {
-		g.Inherited = profile.Union(accel.Profile{Items: g.Inherited}, accel.Profile{Items: newOnly(g.Predicted, ancestor, tree, m.SourceManifest)}).Items
+		g.Inherited = profile.Union(accel.Profile{Items: g.Inherited}, accel.Profile{Items: newOnly(g.Predicted, ancestor, view.tree, m.SourceManifest)}).Items
 	}
 	return g, nil
 }
@@ -211,7 +261,7 @@ func newOnly(predicted []accel.ProfileItem, a ledger.Ancestor, tree *profile.Tre
 		path  string
 	}
 	old := map[file]bool{}
-	for _, i := range profile.Inherit(a.Predicted, nil, tree, manifest).Items {
+	for _, i := range profile.Inherit(a.Predicted, tree, manifest).Items {
 		old[file{i.Layer, i.Path}] = true
 	}
 	return slices.DeleteFunc(slices.Clone(predicted), func(i accel.ProfileItem) bool { return old[file{i.Layer, i.Path}] })
@@ -229,44 +279,38 @@ func (k *Worker) formerDigests(ctx context.Context, rec accel.Record) (all []dig
 	return all
 }
 
-// startOf reads an image's configuration. A manifest's annotation lists files as the label
+// startOf reads an image's configuration, and what its maker lists. A manifest's annotation lists files as the label
 // does.
-func startOf(img v1.Image) (s profile.Start, err error) {
+func startOf(img v1.Image) (s profile.Start, list string, err error) {
 	conf, err := img.ConfigFile()
 	if err != nil {
-		return s, err
+		return s, "", err
 	}
 	c := conf.Config
-	s = profile.Start{Entrypoint: c.Entrypoint, Cmd: c.Cmd, Env: c.Env, WorkingDir: c.WorkingDir, Labels: map[string]string{}}
-	for name, value := range c.Labels {
-		s.Labels[name] = value
-	}
 	m, err := img.Manifest()
 	if err != nil {
-		return s, err
+		return s, "", err
 	}
-	if listed := m.Annotations[profile.LabelPrefetch]; listed != "" {
-		s.Labels[profile.LabelPrefetch] = strings.Trim(s.Labels[profile.LabelPrefetch]+"\n"+listed, "\n")
-	}
-	return s, nil
+	return profile.Start{Entrypoint: c.Entrypoint, Cmd: c.Cmd, Env: c.Env, WorkingDir: c.WorkingDir},
+		c.Labels[profile.LabelPrefetch] + "\n" + m.Annotations[profile.LabelPrefetch], nil
 }
 
-// view opens the converted layers: those that were made just now from their files, others
+// view opens the converted layers: those of local that were made just now from their files, others
 // in the registry.
-func (k *Worker) view(ctx context.Context, m accel.Mapping, img v1.Image) (*imageView, error) {
+func (k *Worker) view(ctx context.Context, m accel.Mapping, local []v1.Layer) (*imageView, error) {
 	source, err := k.Registry.Source(m.TargetRepository, "")
 	if err != nil {
 		return nil, err
 	}
-	local, err := img.Layers()
-	if err != nil {
-		return nil, err
-	}
-	v := &imageView{keep: map[inflatedKey][]byte{}}
-	cache := &blocks{keep: map[blockKey][]byte{}}
+	v := &imageView{keep: map[inflatedKey][]byte{}, left: maxInflateBytes}
+	cache := &blocks{keep: map[blockKey][]byte{}, left: maxFetchBytes}
+	b := profile.NewBuilder()
 	for n, l := range m.Layers {
 		if l.TOCDigest == "" { // passed through
 			v.layers = append(v.layers, nil)
+			if err := b.Skip(); err != nil {
+				return nil, err
+			}
 			continue
 		}
 		var blob io.ReaderAt = &remoteBlob{ctx: ctx, source: source, digest: l.Target, sizeBytes: l.TargetBytes, cache: cache}
@@ -275,12 +319,13 @@ func (k *Worker) view(ctx context.Context, m accel.Mapping, img v1.Image) (*imag
 				blob = at
 			}
 		}
-		layer, err := openLayer(blob, l)
+		layer, err := openLayer(ctx, b, blob, l)
 		if err != nil {
 			return nil, err
 		}
 		v.layers = append(v.layers, layer)
 	}
+	v.tree = b.Tree()
 	return v, nil
 }
 
@@ -290,7 +335,7 @@ func (k *Worker) learnReady(ctx context.Context, rec accel.Record) error {
 	if k.Profiles == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, foretellLimit)
+	ctx, cancel := context.WithTimeoutCause(ctx, foretellLimit, errLate)
 	defer cancel()
 	known, err := k.Profiles.OfImage(ctx, rec.Digest)
 	if err != nil {
@@ -327,6 +372,9 @@ func (k *Worker) learnReady(ctx context.Context, rec accel.Record) error {
 			err = k.learn(ctx, rec, m, img)
 		}
 		k.foretold(ctx, rec, m.Platform, err)
+		if ctx.Err() != nil {
+			return nil //nolint:nilerr // said; the others have their turn at the next check
+		}
 	}
 	return nil
 }
@@ -352,6 +400,12 @@ func (k *Worker) images(ctx context.Context, repository string, src *registry.Ma
 		for _, d := range m.Manifests {
 			if !d.MediaType.IsImage() && !d.MediaType.IsIndex() {
 				continue
+			}
+			if d.MediaType.IsImage() { // those that were not converted need not be looked at
+				_, err := k.Tracker.Mapping(ctx, repository, digest.Digest(d.Digest.String()))
+				if errors.Is(err, accel.ErrNotFound) {
+					continue
+				}
 			}
 			child, err := k.Registry.Pull(ctx, repository, digest.Digest(d.Digest.String()))
 			if errors.Is(err, accel.ErrNotFound) {

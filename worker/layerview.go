@@ -2,14 +2,12 @@ package worker
 
 import (
 	"archive/tar"
-	"bytes"
 	"cmp"
 	"context"
-	"encoding/json"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
-	"path"
 	"slices"
 
 	"accel"
@@ -27,32 +25,29 @@ const (
 	// A registry is asked for blocks of this size, since what a program needs lies side by
 	// side; so many of them are kept for an image.
 	blockBytes = 1 << 20
-	maxBlocks  = 64
-	// maxInflated is how many inflated chunks of an image are kept: files are read from
-	// their beginning in small steps.
-	maxInflated = 64
+	maxBlocks  = 32
+	// maxInflatedBytes of inflated chunks of an image are kept: files are read from their beginning in small
+	// steps.
+	maxInflatedBytes = 32 << 20
+	// maxInflateBytes bounds what is inflated for an image in all: a chunk may stand behind many others in its gzip
+	// member. Python with pandas and scipy takes 51 MB.
+	maxInflateBytes = 2 << 30
+	// maxFetchBytes bounds what a registry is asked for: small reads all over an image take a block each. TOCs come
+	// with it.
+	maxFetchBytes = 1 << 30
 )
 
 // layerView reads files out of one eStargz blob.
 type layerView struct {
-	blob  io.ReaderAt
-	toc   []byte
-	files map[string][]viewChunk // of regular files, by clean name, in their order
-	ends  []int64                // where gzip members begin, and the TOC, ascending
+	blob io.ReaderAt
+	end  int64 // of the chunks, where the TOC begins
 }
 
-// viewChunk is a run of a file's bytes.
-type viewChunk struct {
-	offset, bytes  int64 // in the file
-	member, inside int64 // where its gzip member begins, and where it is in what that holds
-	digest         digest.Digest
-}
-
-// openLayer reads a layer's TOC, checked against its digest.
-func openLayer(blob io.ReaderAt, m accel.LayerMapping) (*layerView, error) {
+// openLayer has a layer's TOC, checked against its digest, taken in by b as it is read.
+func openLayer(ctx context.Context, b *profile.Builder, blob io.ReaderAt, m accel.LayerMapping) (*layerView, error) {
 	n := m.TargetBytes - m.TOCOffset
-	if m.TOCOffset < 0 || n <= 0 || n > accel.MaxPackedTOCBytes {
-		return nil, fmt.Errorf("%w: a TOC at %d of %d bytes", accel.ErrInvalid, m.TOCOffset, m.TargetBytes)
+	if m.TOCOffset < 0 || n <= 0 || n > accel.MaxPackedTOCBytes || m.TOCDigest.Validate() != nil {
+		return nil, fmt.Errorf("%w: a TOC %.100q at %d of %d bytes", accel.ErrInvalid, m.TOCDigest, m.TOCOffset, m.TargetBytes)
 	}
 	z, err := gzip.NewReader(io.NewSectionReader(blob, m.TOCOffset, n))
 	if err != nil {
@@ -64,86 +59,41 @@ func openLayer(blob io.ReaderAt, m accel.LayerMapping) (*layerView, error) {
 	if err != nil {
 		return nil, fmt.Errorf("TOC of layer %s: %w", m.Target, err)
 	}
-	if h.Name != estargz.TOCTarName || h.Size <= 0 || h.Size > accel.MaxTOCBytes {
-		return nil, fmt.Errorf("%w: TOC of layer %s is %q of %d bytes", accel.ErrInvalid, m.Target, h.Name, h.Size)
+	if h.Name != estargz.TOCTarName {
+		return nil, fmt.Errorf("%w: TOC of layer %s is called %.100q", accel.ErrInvalid, m.Target, h.Name)
 	}
-	var toc bytes.Buffer
-	if _, err := io.Copy(&toc, tr); err != nil {
+	sum := m.TOCDigest.Verifier()
+	if err := b.Add(ctx, io.TeeReader(tr, sum)); err != nil {
 		return nil, fmt.Errorf("TOC of layer %s: %w", m.Target, err)
 	}
-	if m.TOCDigest.Validate() != nil || m.TOCDigest.Algorithm().FromBytes(toc.Bytes()) != m.TOCDigest {
+	if !sum.Verified() {
 		return nil, fmt.Errorf("%w: TOC of layer %s does not have the digest %s", accel.ErrInvalid, m.Target, m.TOCDigest)
 	}
-	v := &layerView{blob: blob, toc: toc.Bytes(), files: map[string][]viewChunk{}, ends: []int64{m.TOCOffset}}
-	return v, v.index()
+	return &layerView{blob: blob, end: m.TOCOffset}, nil
 }
 
-// index finds the chunks.
-func (v *layerView) index() error {
-	var toc struct {
-		Entries []struct {
-			Name        string        `json:"name"`
-			Type        string        `json:"type"`
-			Size        int64         `json:"size"`
-			Offset      int64         `json:"offset"`
-			InnerOffset int64         `json:"innerOffset"`
-			ChunkOffset int64         `json:"chunkOffset"`
-			ChunkSize   int64         `json:"chunkSize"`
-			ChunkDigest digest.Digest `json:"chunkDigest"`
-		} `json:"entries"`
+// chunk inflates one chunk. left is what may still be inflated.
+func (v *layerView) chunk(c profile.FileChunk, left *int64) ([]byte, error) {
+	if c.Member >= v.end || c.Bytes > maxViewChunkBytes || c.Inside > maxViewChunkBytes {
+		return nil, fmt.Errorf("%w: a chunk of %d bytes at %d", accel.ErrInvalid, c.Bytes, c.Member)
 	}
-	if err := json.Unmarshal(v.toc, &toc); err != nil {
-		return fmt.Errorf("%w: TOC: %w", accel.ErrInvalid, err)
+	if *left -= c.Inside + c.Bytes; *left < 0 {
+		return nil, fmt.Errorf("%w: its chunks lie so that reading them takes too long", accel.ErrInvalid)
 	}
-	sizes := map[string]int64{}
-	for i := range toc.Entries {
-		e := &toc.Entries[i]
-		name := path.Clean("/" + e.Name)[1:]
-		switch e.Type {
-		case "reg":
-			sizes[name] = e.Size
-			delete(v.files, name) // a later entry replaces an earlier one
-			if e.Size == 0 {
-				continue
-			}
-		case "chunk":
-		default:
-			continue
-		}
-		c := viewChunk{offset: e.ChunkOffset, bytes: e.ChunkSize, member: e.Offset, inside: e.InnerOffset, digest: e.ChunkDigest}
-		if c.bytes == 0 {
-			c.bytes = sizes[name] - c.offset
-		}
-		if c.offset < 0 || c.bytes <= 0 || c.member <= 0 || c.inside < 0 {
-			continue // read as missing
-		}
-		v.files[name] = append(v.files[name], c)
-		v.ends = append(v.ends, c.member)
-	}
-	slices.Sort(v.ends)
-	v.ends = slices.Compact(v.ends)
-	return nil
-}
-
-// chunk inflates one chunk.
-func (v *layerView) chunk(c viewChunk) ([]byte, error) {
-	n, ok := slices.BinarySearch(v.ends, c.member)
-	if !ok || n+1 == len(v.ends) || c.bytes > maxViewChunkBytes || c.inside > maxViewChunkBytes {
-		return nil, fmt.Errorf("%w: a chunk of %d bytes at %d", accel.ErrInvalid, c.bytes, c.member)
-	}
-	z, err := gzip.NewReader(io.NewSectionReader(v.blob, c.member, v.ends[n+1]-c.member))
+	z, err := gzip.NewReader(io.NewSectionReader(v.blob, c.Member, v.end-c.Member))
 	if err != nil {
 		return nil, err
 	}
-	if _, err := io.CopyN(io.Discard, z, c.inside); err != nil {
+	z.Multistream(false)
+	if _, err := io.CopyN(io.Discard, z, c.Inside); err != nil {
 		return nil, err
 	}
-	b := make([]byte, c.bytes)
+	b := make([]byte, c.Bytes)
 	if _, err := io.ReadFull(z, b); err != nil {
 		return nil, err
 	}
-	if c.digest.Validate() != nil || c.digest.Algorithm().FromBytes(b) != c.digest {
-		return nil, fmt.Errorf("%w: a chunk at %d does not have its digest", accel.ErrInvalid, c.member)
+	if sha256.Sum256(b) != c.SHA256 {
+		return nil, fmt.Errorf("%w: a chunk at %d does not have its digest", accel.ErrInvalid, c.Member)
 	}
 	return b, nil
 }
@@ -151,14 +101,17 @@ func (v *layerView) chunk(c viewChunk) ([]byte, error) {
 // imageView is the layers of one image, nil for those without a TOC. It is used by one
 // goroutine.
 type imageView struct {
-	layers []*layerView
-	keep   map[inflatedKey][]byte
-	order  []inflatedKey
+	tree      *profile.Tree
+	layers    []*layerView
+	keep      map[inflatedKey][]byte
+	order     []inflatedKey
+	keptBytes int64
+	left      int64 // that may still be inflated
 }
 
 type inflatedKey struct {
 	layer        int
-	member, from int64
+	member, from int64 // in the blob, and in what is inflated there
 }
 
 // read implements profile.View's Read.
@@ -166,43 +119,50 @@ func (v *imageView) read(ctx context.Context, layer int, e *profile.Entry, offse
 	if layer >= len(v.layers) || v.layers[layer] == nil {
 		return nil, fmt.Errorf("%w: layer %d", accel.ErrNotFound, layer)
 	}
-	chunks := v.layers[layer].files[e.Path]
 	out := make([]byte, 0, n)
 	for int64(len(out)) < n && ctx.Err() == nil {
 		at := offset + int64(len(out))
-		i, ok := slices.BinarySearchFunc(chunks, at, func(c viewChunk, at int64) int { return cmp.Compare(c.offset, at) })
+		i, ok := slices.BinarySearchFunc(e.Chunks, at, func(c profile.FileChunk, at int64) int { return cmp.Compare(c.Offset, at) })
 		if !ok {
 			i--
 		}
-		if i < 0 || at >= chunks[i].offset+chunks[i].bytes {
+		if i < 0 || at >= e.Chunks[i].Offset+e.Chunks[i].Bytes {
 			return out, nil
 		}
-		b, err := v.inflated(layer, chunks[i])
+		b, err := v.inflated(layer, e.Chunks[i])
 		if err != nil {
 			return nil, err
 		}
-		b = b[at-chunks[i].offset:]
+		b = b[at-e.Chunks[i].Offset:]
 		out = append(out, b[:min(int64(len(b)), n-int64(len(out)))]...)
 	}
 	return out, context.Cause(ctx)
 }
 
-func (v *imageView) inflated(layer int, c viewChunk) ([]byte, error) {
-	key := inflatedKey{layer, c.member, c.offset}
-	if b, ok := v.keep[key]; ok {
+func (v *imageView) inflated(layer int, c profile.FileChunk) ([]byte, error) {
+	key := inflatedKey{layer, c.Member, c.Inside}
+	if b, ok := v.keep[key]; ok && int64(len(b)) == c.Bytes {
 		return b, nil
 	}
-	b, err := v.layers[layer].chunk(c)
+	b, err := v.layers[layer].chunk(c, &v.left)
 	if err != nil {
 		return nil, err
 	}
-	if len(v.order) == maxInflated {
-		delete(v.keep, v.order[0])
-		v.order = v.order[1:]
-	}
+	v.drop(key) // one of another length
 	v.keep[key] = b
 	v.order = append(v.order, key)
+	for v.keptBytes += c.Bytes; v.keptBytes > maxInflatedBytes; {
+		v.drop(v.order[0])
+	}
 	return b, nil
+}
+
+func (v *imageView) drop(key inflatedKey) {
+	if b, ok := v.keep[key]; ok {
+		v.keptBytes -= int64(len(b))
+		delete(v.keep, key)
+		v.order = slices.DeleteFunc(v.order, func(k inflatedKey) bool { return k == key })
+	}
 }
 
 // remoteBlob reads a blob in a registry by blocks.
@@ -218,6 +178,7 @@ type remoteBlob struct {
 type blocks struct {
 	keep  map[blockKey][]byte
 	order []blockKey
+	left  int64 // bytes that may still be fetched
 }
 
 type blockKey struct {
@@ -247,6 +208,9 @@ func (r *remoteBlob) block(at int64) ([]byte, error) {
 		return b, nil
 	}
 	size := min(blockBytes, r.sizeBytes-at)
+	if r.cache.left -= size; r.cache.left < 0 {
+		return nil, fmt.Errorf("%w: its files lie so that reading them takes more than %d bytes of the registry", accel.ErrInvalid, maxFetchBytes)
+	}
 	from, err := r.source.Range(r.ctx, r.digest, r.sizeBytes, at, size)
 	if err != nil {
 		return nil, err

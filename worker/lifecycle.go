@@ -10,7 +10,6 @@ import (
 	"accel/readiness"
 	"accel/registry"
 
-	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -41,7 +40,7 @@ func (l Lifecycle) DeleteTarget(ctx context.Context, rec accel.Record) error {
 			return err
 		}
 	}
-	return deleteTarget(ctx, l.Registry, rec)
+	return l.deleteTarget(ctx, rec)
 }
 
 // GC finds the Ready records whose source manifest is gone and, unless dryRun,
@@ -88,20 +87,20 @@ func (l Lifecycle) remove(ctx context.Context, rec accel.Record) error {
 	return err
 }
 
-func deleteTarget(ctx context.Context, client *registry.Client, rec accel.Record) error {
+// deleteTarget removes what the worker made of rec. The registry's answers say where that is; what each manifest says
+// decides whether it goes.
+func (l Lifecycle) deleteTarget(ctx context.Context, rec accel.Record) error {
 	if rec.Target.Digest == "" || rec.Target.Digest == rec.Digest {
 		return nil // nothing pushed, or the source itself
 	}
 	repository := rec.Target.Repository
-	doomed := []digest.Digest{rec.Target.Digest}
-	top, err := client.Pull(ctx, repository, rec.Target.Digest)
+	top, err := l.Registry.Pull(ctx, repository, rec.Target.Digest)
 	if errors.Is(err, accel.ErrNotFound) {
 		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("look into target %s@%s: %w", repository, rec.Target.Digest, err)
 	}
-	subjects := []*v1.Descriptor{}
 	manifests := []*registry.Manifest{top}
 	if top.Index != nil {
 		m, err := top.Index.IndexManifest()
@@ -109,17 +108,18 @@ func deleteTarget(ctx context.Context, client *registry.Client, rec accel.Record
 			return err
 		}
 		for _, d := range m.Manifests {
-			child, err := client.Pull(ctx, repository, digest.Digest(d.Digest.String()))
+			child, err := l.Registry.Pull(ctx, repository, digest.Digest(d.Digest.String()))
 			if errors.Is(err, accel.ErrNotFound) {
 				continue
 			}
 			if err != nil {
 				return err
 			}
-			doomed = append(doomed, digest.Digest(d.Digest.String()))
 			manifests = append(manifests, child)
 		}
 	}
+	doomed := []digest.Digest{rec.Target.Digest} // the index first, so that nothing that stands refers to what is gone
+	var subjects []digest.Digest
 	for _, m := range manifests {
 		if m.Image == nil {
 			continue
@@ -128,23 +128,37 @@ func deleteTarget(ctx context.Context, client *registry.Client, rec accel.Record
 		if err != nil {
 			return err
 		}
-		if im.Subject != nil {
-			subjects = append(subjects, im.Subject)
+		if im.Subject == nil || im.Annotations[accel.AnnotationSourceDigest] != im.Subject.Digest.String() {
+			continue // a member that was carried over: the source index, or another, has it too
+		}
+		subjects = append(subjects, digest.Digest(im.Subject.Digest.String()))
+		if d := digest.Digest(m.Descriptor.Digest.String()); d != rec.Target.Digest {
+			doomed = append(doomed, d)
 		}
 	}
 	for _, s := range subjects {
-		for _, kind := range []string{accel.MediaTypeMapping, accel.MediaTypeProfile} {
-			refs, err := client.Referrers(ctx, repository, digest.Digest(s.Digest.String()), kind)
-			if err != nil {
-				return fmt.Errorf("list what refers to %s@%s: %w", repository, s.Digest, err)
-			}
-			for _, r := range refs {
-				doomed = append(doomed, digest.Digest(r.Digest.String()))
-			}
+		if err := l.deleteReferrers(ctx, repository, s); err != nil {
+			return err
 		}
 	}
-	for _, d := range doomed { // the index first, so that nothing that stands refers to what is gone
-		if err := client.Delete(ctx, repository, d); err != nil {
+	for _, d := range doomed {
+		if err := l.Registry.Delete(ctx, repository, d); err != nil {
+			return fmt.Errorf("delete %s@%s: %w", repository, d, err)
+		}
+	}
+	return nil
+}
+
+// deleteReferrers deletes the mappings and profiles of a source manifest.
+func (l Lifecycle) deleteReferrers(ctx context.Context, repository string, subject digest.Digest) error {
+	refs, err := l.Registry.Referrers(ctx, repository, subject, accel.MediaTypeMapping, accel.MediaTypeProfile)
+	if err != nil {
+		return fmt.Errorf("list what refers to %s@%s: %w", repository, subject, err)
+	}
+	for _, r := range refs {
+		d := digest.Digest(r.Digest.String())
+		err := l.Registry.DeleteReferrer(ctx, repository, subject, r.ArtifactType, d)
+		if err != nil && !errors.Is(err, accel.ErrConflict) { // what is only listed as one stays
 			return fmt.Errorf("delete %s@%s: %w", repository, d, err)
 		}
 	}

@@ -78,21 +78,22 @@ func (k *Worker) process(ctx context.Context, w readiness.Work, after *afterwork
 	if err != nil {
 		return fmt.Errorf("convert %s: %w", w.Image(), err)
 	}
-	after.add(func(context.Context) {
-		if cerr := conv.Close(); cerr != nil {
-			k.Log.Warn("cannot remove a conversion's temporary files", "image", w.Image(), "error", cerr)
-		}
-	})
 	res := conv.Stats
 	res.Queued = started.Sub(w.CreatedAt)
 	res.Convert = time.Since(started)
 
 	foretold := k.foretell(after.run, w.Record, conv, repository)
 	after.add(func(ctx context.Context) {
+		why := context.Canceled // it will be converted once more
 		if err == nil {
 			foretold.wait(ctx, foretellLimit)
+			why = errLate
 		}
-		foretold.stop()
+		foretold.stop(ctx, why, func() {
+			if cerr := conv.Close(); cerr != nil {
+				k.Log.Warn("cannot remove a conversion's temporary files", "image", w.Image(), "error", cerr)
+			}
+		})
 	})
 
 	out, err := k.publish(ctx, w, conv, repository, &res)

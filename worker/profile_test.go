@@ -147,7 +147,7 @@ func (p *profileBed) published(repository string, want accel.Profile) digest.Dig
 		if list, err = p.client.Referrers(p.ctx, p.host+"/"+repository, want.Manifest, accel.MediaTypeProfile); err != nil || len(list) != 1 {
 			return false
 		}
-		got, err := artifact.Find(p.ctx, source, want.Manifest)
+		got, err := artifact.FindIn(p.ctx, source, want.Manifest, list) // in this listing: the next may have a newer one beside
 		return err == nil && profile.Version(got) == profile.Version(want)
 	})
 	return digest.Digest(list[0].Digest.String())

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
+	"sync"
 	"time"
 
 	"accel"
@@ -17,10 +19,25 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
 )
 
-// publishLimit bounds one publication: a few small requests for each place.
-const publishLimit = 2 * time.Minute
+const (
+	// publishLimit bounds one publication: a few small requests for each place.
+	publishLimit = 2 * time.Minute
+	// publishers is how many are published at a time, publishersOfHost how many of them in one registry: a slow one
+	// does not hold the others up.
+	publishers       = 8
+	publishersOfHost = 2
+	// A registry that does not answer is left alone for minRest, and for twice as long each time, up to maxRest.
+	minRest, maxRest = 15 * time.Second, 15 * time.Minute
+	// The ledger is asked again after minStorePause, and twice that each time; what was done is told to it at most
+	// maxStoreTries times.
+	minStorePause, maxStorePause = time.Second, time.Minute
+	maxStoreTries                = 10
+	// maxDoomed bounds the former profiles that one publication deletes: anybody may have attached some.
+	maxDoomed = 64
+)
 
 // PublisherOptions are all required but Registerer.
 type PublisherOptions struct {
@@ -36,12 +53,22 @@ type PublisherOptions struct {
 type Publisher struct {
 	o         PublisherOptions
 	published *prometheus.CounterVec
+
+	mu    sync.Mutex
+	hosts map[string]*publishedHost // those that are written to, or left alone
+}
+
+// publishedHost is a registry.
+type publishedHost struct {
+	busy  int // publications that are under way
+	rest  time.Duration
+	until time.Time // of the rest
 }
 
 // NewPublisher starts nothing; see Run.
 func NewPublisher(o PublisherOptions) (*Publisher, error) {
-	p := &Publisher{o: o, published: prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "accel_profile_publications_total", Help: "Profiles that were published in registries, by result (ok, removed, error).",
+	p := &Publisher{o: o, hosts: map[string]*publishedHost{}, published: prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "accel_profile_publications_total", Help: "Profiles that were published in registries, by result (ok, removed, error; store_error: the file of profiles could not be read or written).",
 	}, []string{"result"})}
 	if o.Registerer != nil {
 		if err := o.Registerer.Register(p.published); err != nil {
@@ -51,63 +78,173 @@ func NewPublisher(o PublisherOptions) (*Publisher, error) {
 	return p, nil
 }
 
-// Run publishes what is due until ctx ends. It returns nil then, else what broke the ledger.
+// Run publishes what is due, several at a time, until ctx ends. It returns nil then. Whatever breaks is said in the log, counted
+// and tried again.
 func (p *Publisher) Run(ctx context.Context) error {
-	for {
-		next, err := p.o.Profiles.NextPublication(ctx)
+	var work errgroup.Group
+	defer work.Wait() //nolint:errcheck // none returns one
+	work.SetLimit(publishers)
+	for pause := minStorePause; ; {
+		next, err := p.o.Profiles.NextPublication(ctx, p.may)
 		if ctx.Err() != nil {
 			return nil //nolint:nilerr // asked to stop
 		}
 		if err != nil {
-			return fmt.Errorf("find the next profile to publish: %w", err)
+			p.storeFailed("cannot find the next profile to publish; tried again", err)
+			sleep(ctx, pause)
+			pause = min(2*pause, maxStorePause)
+			continue
 		}
-		if err := p.one(ctx, next); err != nil && ctx.Err() == nil {
-			return err
+		pause = minStorePause
+		p.begin(next)
+		work.Go(func() error {
+			defer p.end(next)
+			p.one(ctx, next)
+			return nil
+		})
+	}
+}
+
+func (p *Publisher) storeFailed(what string, err error) {
+	p.published.WithLabelValues("store_error").Inc()
+	p.o.Log.Error(what, "error", err)
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
+// may says whether a place's registries can be asked now.
+func (p *Publisher) may(at ledger.Image) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, name := range []string{hostOf(at.Repository), hostOf(at.Target)} {
+		if h := p.hosts[name]; h != nil && (h.busy >= publishersOfHost || time.Now().Before(h.until)) {
+			return false
+		}
+	}
+	return true
+}
+
+func hostOf(repository string) string {
+	host, _, _ := strings.Cut(repository, "/")
+	return host
+}
+
+// hostsOf are the registries of all places, each once.
+func hostsOf(next ledger.Publication) (hosts []string) {
+	for _, at := range next.Places {
+		for _, h := range []string{hostOf(at.Repository), hostOf(at.Target)} {
+			if !slices.Contains(hosts, h) {
+				hosts = append(hosts, h)
+			}
+		}
+	}
+	return hosts
+}
+
+func (p *Publisher) begin(next ledger.Publication) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, name := range hostsOf(next) {
+		if p.hosts[name] == nil {
+			p.hosts[name] = &publishedHost{}
+		}
+		p.hosts[name].busy++
+	}
+}
+
+func (p *Publisher) end(next ledger.Publication) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, name := range hostsOf(next) {
+		if h := p.hosts[name]; h != nil {
+			if h.busy--; h.busy == 0 && h.rest == 0 {
+				delete(p.hosts, name)
+			}
 		}
 	}
 }
 
-// one publishes in all places. Its error is the ledger's; a registry's puts the publication off.
-func (p *Publisher) one(ctx context.Context, next ledger.Publication) error {
+// answered notes whether a registry was there.
+func (p *Publisher) answered(host string, yes bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	h := p.hosts[host]
+	switch {
+	case h == nil: // never: it is busy
+	case yes:
+		h.rest, h.until = 0, time.Time{}
+	case !time.Now().Before(h.until): // one that failed beside another is no second failure
+		h.rest = min(max(2*h.rest, minRest), maxRest)
+		h.until = time.Now().Add(h.rest)
+	}
+}
+
+// one publishes in all places. A registry's error puts the publication off.
+func (p *Publisher) one(ctx context.Context, next ledger.Publication) {
 	limited, cancel := context.WithTimeout(ctx, publishLimit)
 	defer cancel()
 	var errs []error
 	for n := range next.Places {
-		if err := p.place(limited, &next, &next.Places[n]); err != nil {
+		host, err := p.place(limited, &next, &next.Places[n])
+		if ctx.Err() != nil {
+			return
+		}
+		p.answered(host, err == nil || (limited.Err() == nil && !registry.Unreachable(err)))
+		if err != nil {
 			errs = append(errs, err)
 		}
 	}
-	if ctx.Err() != nil {
-		return nil
-	}
+	settle := p.o.Profiles.Published
 	switch err := errors.Join(errs...); {
 	case err != nil:
 		p.published.WithLabelValues("error").Inc()
 		p.o.Log.Warn("cannot publish an image's profile; tried again later", "manifest", next.Manifest, "error", err)
-		return p.o.Profiles.PublicationFailed(ctx, next)
+		settle = p.o.Profiles.PublicationFailed
 	case next.Profile == nil:
 		p.published.WithLabelValues("removed").Inc()
 	default:
 		p.published.WithLabelValues("ok").Inc()
 	}
-	return p.o.Profiles.Published(ctx, next)
+	p.settle(ctx, next, settle)
+}
+
+// settle tells the ledger how it went. Until that knows, nobody publishes the same again.
+func (p *Publisher) settle(ctx context.Context, next ledger.Publication, tell func(context.Context, ledger.Publication) error) {
+	pause := minStorePause
+	for range maxStoreTries {
+		err := tell(ctx, next)
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		p.storeFailed("cannot keep how a profile was published; tried again", err)
+		sleep(ctx, pause)
+		pause = min(2*pause, maxStorePause)
+	}
+	p.o.Log.Error("it is not kept how a profile was published; its image's profiles are not published until the service is started again", "manifest", next.Manifest)
 }
 
 // place publishes in one place, and takes away what is there of older profiles. The new one
-// is there before the old one goes.
-func (p *Publisher) place(ctx context.Context, next *ledger.Publication, at *ledger.Place) error {
+// is there before the old one goes. host is the registry that was asked last.
+func (p *Publisher) place(ctx context.Context, next *ledger.Publication, at *ledger.Place) (host string, err error) {
 	if next.Profile != nil {
 		subject, err := p.o.Registry.Head(ctx, at.Repository, next.Manifest.String())
 		if errors.Is(err, accel.ErrNotFound) || errors.Is(err, accel.ErrRegistryNotAllowed) {
 			at.Gone = true
-			return nil
+			return hostOf(at.Repository), nil
 		}
 		if err != nil {
-			return fmt.Errorf("look at %s@%s: %w", at.Repository, next.Manifest, err)
+			return hostOf(at.Repository), fmt.Errorf("look at %s@%s: %w", at.Repository, next.Manifest, err)
 		}
 		d, err := p.attach(ctx, at.Target, v1.Descriptor{MediaType: subject.MediaType, Digest: subject.Digest, Size: subject.Size}, *next.Profile)
 		if err != nil {
-			return fmt.Errorf("attach the profile of %s in %s: %w", next.Manifest, at.Target, err)
+			return hostOf(at.Target), fmt.Errorf("attach the profile of %s in %s: %w", next.Manifest, at.Target, err)
 		}
 		if at.Artifact != "" && at.Artifact != d {
 			at.Stale = append(slices.Clone(at.Stale), at.Artifact)
@@ -116,7 +253,7 @@ func (p *Publisher) place(ctx context.Context, next *ledger.Publication, at *led
 	} else if at.Artifact != "" {
 		at.Stale, at.Artifact = append(slices.Clone(at.Stale), at.Artifact), ""
 	}
-	return p.clear(ctx, next.Manifest, at)
+	return hostOf(at.Target), p.clear(ctx, next.Manifest, at)
 }
 
 func (p *Publisher) attach(ctx context.Context, repository string, subject v1.Descriptor, what accel.Profile) (digest.Digest, error) {
@@ -143,7 +280,7 @@ func (p *Publisher) clear(ctx context.Context, manifest digest.Digest, at *ledge
 	if err != nil && !errors.Is(err, accel.ErrNotFound) {
 		return err
 	}
-	for _, d := range list {
+	for _, d := range list[:min(len(list), maxDoomed)] {
 		doomed = append(doomed, digest.Digest(d.Digest.String()))
 	}
 	slices.Sort(doomed)
@@ -152,10 +289,14 @@ func (p *Publisher) clear(ctx context.Context, manifest digest.Digest, at *ledge
 		if d == at.Artifact {
 			continue
 		}
-		if err := p.o.Registry.Delete(ctx, at.Target, d); err != nil {
-			if ctx.Err() != nil || registry.Unreachable(err) {
-				return fmt.Errorf("delete the former profile %s@%s: %w", at.Target, d, err)
-			}
+		err := p.o.Registry.DeleteReferrer(ctx, at.Target, manifest, accel.MediaTypeProfile, d)
+		switch {
+		case err == nil:
+		case errors.Is(err, accel.ErrConflict):
+			p.o.Log.Warn("the registry lists something else as an image's profile; it is left alone", "artifact", at.Target+"@"+d.String(), "error", err)
+		case ctx.Err() != nil || registry.Unreachable(err):
+			return fmt.Errorf("delete the former profile %s@%s: %w", at.Target, d, err)
+		default:
 			p.o.Log.Info("the registry does not delete a former profile; nodes take the best of several", "artifact", at.Target+"@"+d.String(), "error", err)
 			at.Stale = append(at.Stale, d)
 		}

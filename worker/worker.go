@@ -59,6 +59,8 @@ type Worker struct {
 	Options
 	tags    tagMover
 	metrics *metrics
+	// foretelling has a slot for each image that is looked into.
+	foretelling chan struct{}
 }
 
 // New checks o and fills in its defaults. It starts nothing; see Run.
@@ -85,7 +87,7 @@ func New(o Options) (*Worker, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &Worker{Options: o, metrics: metrics}
+	k := &Worker{Options: o, metrics: metrics, foretelling: make(chan struct{}, maxForetells)}
 	k.tags = tagMover{tracker: o.Tracker, registry: o.Registry, target: o.Target}
 	return k, nil
 }

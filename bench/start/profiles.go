@@ -140,7 +140,7 @@ func predictedProfile(ctx context.Context, manifest digest.Digest, converted v1.
 		}
 		tocs, v.layers = append(tocs, toc), append(v.layers, r)
 	}
-	tree, err := profile.NewTree(tocs)
+	tree, err := profile.NewTree(ctx, tocs)
 	if err != nil {
 		return p, err
 	}
@@ -149,8 +149,12 @@ func predictedProfile(ctx context.Context, manifest digest.Digest, converted v1.
 		return p, err
 	}
 	c := cfg.Config
+	listed, err := profile.Listed(ctx, tree, profile.ListOf(c.Labels[profile.LabelPrefetch]))
+	if err != nil {
+		return p, err
+	}
 	p.Items, err = profile.Predict(ctx, profile.View{Tree: tree, Read: v.read},
-		profile.Start{Entrypoint: c.Entrypoint, Cmd: c.Cmd, Env: c.Env, WorkingDir: c.WorkingDir, Labels: c.Labels})
+		profile.Start{Entrypoint: c.Entrypoint, Cmd: c.Cmd, Env: c.Env, WorkingDir: c.WorkingDir, Listed: listed.Items})
 	return p, err
 }
 

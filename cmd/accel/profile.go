@@ -74,19 +74,28 @@ func (g *globals) platformManifest(ctx context.Context, what, platform string) (
 // maxProfileFileBytes bounds what is read as a profile.
 const maxProfileFileBytes = profile.MaxEncodedBytes
 
-func readProfile(path string) (accel.Profile, error) {
-	var in io.Reader = os.Stdin
+// readFile reads a file up to a byte more than maxBytes; - is standard input.
+func readFile(cmd *cobra.Command, path string, maxBytes int64) ([]byte, error) {
+	in := cmd.InOrStdin()
 	if path != "-" {
 		f, err := os.Open(path)
 		if err != nil {
-			return accel.Profile{}, err
+			return nil, err
 		}
 		defer f.Close()
 		in = f
 	}
-	b, err := io.ReadAll(io.LimitReader(in, maxProfileFileBytes+1))
+	b, err := io.ReadAll(io.LimitReader(in, maxBytes+1))
 	if err != nil {
-		return accel.Profile{}, fmt.Errorf("read %s: %w", path, err)
+		return nil, fmt.Errorf("read %s: %w", path, err)
+	}
+	return b, nil
+}
+
+func readProfile(cmd *cobra.Command, path string) (accel.Profile, error) {
+	b, err := readFile(cmd, path, maxProfileFileBytes)
+	if err != nil {
+		return accel.Profile{}, err
 	}
 	p, err := profile.Decode([]byte(strings.TrimSuffix(string(b), "\n")))
 	if err != nil {
@@ -155,7 +164,7 @@ by layer and path; those of two images by path alone.`,
 		var pair [2]accel.Profile
 		for n, what := range args {
 			var err error
-			if pair[n], err = g.profileOrFile(cmd.Context(), what, *platform); err != nil {
+			if pair[n], err = g.profileOrFile(cmd, what, *platform); err != nil {
 				return err
 			}
 		}
@@ -194,13 +203,13 @@ func notNull(items []accel.ProfileItem) []accel.ProfileItem {
 	return items
 }
 
-func (g *globals) profileOrFile(ctx context.Context, what, platform string) (accel.Profile, error) {
+func (g *globals) profileOrFile(cmd *cobra.Command, what, platform string) (accel.Profile, error) {
 	if _, err := os.Stat(what); err == nil || what == "-" {
-		return readProfile(what)
+		return readProfile(cmd, what)
 	} else if !errors.Is(err, os.ErrNotExist) && !strings.Contains(what, ":") {
 		return accel.Profile{}, err
 	}
-	return g.profileOf(ctx, what, platform)
+	return g.profileOf(cmd.Context(), what, platform)
 }
 
 // profileOf asks the server for an image's profile.
@@ -234,15 +243,34 @@ func newProfileExport(g *globals) *cobra.Command {
 }
 
 func newProfileImport(g *globals) *cobra.Command {
+	var paths string
 	cmd := &cobra.Command{
-		Use: "import IMAGE FILE", Short: "Give an image a profile that was exported, of this image or another", Args: exactArgs("IMAGE", "FILE"),
-		Long: `The profile stands until complete starts are recorded from now on. Parts that the image does
-not have are passed over. FILE - is standard input.`,
-		Example: "  accel profile import 127.0.0.1:5000/team/app:v2 app.profile.json",
+		Use: "import IMAGE [FILE]", Short: "Give an image a profile, of this image or another, or a list of files that its starts read",
+		Long: `FILE is what profile export wrote. That profile stands until complete starts are recorded from
+now on. Parts that the image does not have are passed over.
+
+--paths gives a list instead, a line for each path, directory or pattern (* ? [a-z]) in the image; lines
+that begin with # are comments. The files become part of the image's profile for good, whatever is recorded
+beside. The list takes the place of the one that was given before; an empty one takes it away.
+
+FILE - is standard input.`,
+		Example: `  accel profile import 127.0.0.1:5000/team/app:v2 app.profile.json
+  accel profile import 127.0.0.1:5000/team/app:v2 --paths hot-files.txt
+  printf '/usr/lib/app/*.so\n/etc/app\n' | accel profile import 127.0.0.1:5000/team/app:v2 --paths -`,
 	}
+	cmd.Args = func(cmd *cobra.Command, args []string) error {
+		if cmd.Flags().Changed("paths") {
+			return exactArgs("IMAGE")(cmd, args)
+		}
+		return exactArgs("IMAGE", "FILE")(cmd, args)
+	}
+	cmd.Flags().StringVar(&paths, "paths", "", "file with a list of paths and patterns, a line each; - is standard input")
 	platform := platformFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		p, err := readProfile(args[1])
+		if cmd.Flags().Changed("paths") {
+			return g.listPaths(cmd, args[0], *platform, paths)
+		}
+		p, err := readProfile(cmd, args[1])
 		if err != nil {
 			return usage(err)
 		}
@@ -257,6 +285,54 @@ not have are passed over. FILE - is standard input.`,
 		return g.print(cmd, s, func(w *tabwriter.Writer) { fmt.Fprintln(w, profileText(s)) })
 	}
 	return cmd
+}
+
+func (g *globals) listPaths(cmd *cobra.Command, image, platform, file string) error {
+	list, err := readPaths(cmd, file)
+	if err != nil {
+		return usage(err)
+	}
+	c, manifest, err := g.platformManifest(cmd.Context(), image, platform)
+	if err != nil {
+		return err
+	}
+	l, err := c.ListPaths(cmd.Context(), manifest, list)
+	if err != nil {
+		return err
+	}
+	return g.print(cmd, l, func(w *tabwriter.Writer) {
+		fmt.Fprintln(w, profileText(l.ProfileStatus))
+		if l.UnmatchedCount > 0 {
+			fmt.Fprintf(w, "%d of %d lines mean no file with content in the image:\n", l.UnmatchedCount, len(list))
+		}
+		for _, p := range l.Unmatched {
+			fmt.Fprintln(w, "  "+printable(p))
+		}
+		if more := l.UnmatchedCount - len(l.Unmatched); more > 0 {
+			fmt.Fprintf(w, "  and %d more\n", more)
+		}
+	})
+}
+
+// readPaths reads a list of paths, of which the server takes no more either.
+func readPaths(cmd *cobra.Command, file string) (list []string, err error) {
+	b, err := readFile(cmd, file, profile.MaxListedBytes)
+	if err != nil {
+		return nil, err
+	}
+	if len(b) > profile.MaxListedBytes {
+		return nil, fmt.Errorf("%s: a list has at most %d bytes", file, profile.MaxListedBytes)
+	}
+	for line := range strings.Lines(string(b)) {
+		if line = strings.TrimSpace(line); line == "" || line[0] == '#' {
+			continue
+		}
+		if len(list) == profile.MaxListed {
+			return nil, fmt.Errorf("%s: a list has at most %d lines; name directories or patterns instead", file, profile.MaxListed)
+		}
+		list = append(list, line)
+	}
+	return list, nil
 }
 
 func newProfileRm(g *globals) *cobra.Command {

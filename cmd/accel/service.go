@@ -147,7 +147,7 @@ func (s *service) wire(hosts []registry.Host, sources []*webhook.Source) error {
 	s.drain = drain
 	s.handler, err = api.New(api.Options{
 		Tracker: s.tracker, Webhooks: append(senders, sources...), Canonical: s.client.Canonical, Keys: s.keys,
-		Lifecycle: lifecycle{worker.Lifecycle{Tracker: s.tracker, Registry: s.client, Profiles: s.profiles}}, Fleet: s.fleet, Ledger: s.ledger, Profiles: s.profiles,
+		Lifecycle: lifecycle{worker.Lifecycle{Tracker: s.tracker, Registry: s.client, Profiles: s.profiles}}, Fleet: s.fleet, Ledger: s.ledger, Profiles: s.profiles, Lister: s.worker,
 		Tokens: tokens, Open: len(tokens) == 0, Draining: draining, Metrics: metrics, Version: version(), Log: s.log,
 	})
 	return err

@@ -39,9 +39,15 @@ type serviceBed struct {
 // newServiceBed starts the service over a data directory, and stops it at the end of the test.
 func newServiceBed(t *testing.T, data string) *serviceBed {
 	t.Helper()
+	return newServiceBedAt(t, data, warmHost)
+}
+
+// newServiceBedAt is newServiceBed beside another registry.
+func newServiceBedAt(t *testing.T, data, host string) *serviceBed {
+	t.Helper()
 	conf := defaultConfig()
 	conf.Data = data
-	conf.Registries = []registryConfig{{Host: warmHost, PlainHTTP: true}}
+	conf.Registries = []registryConfig{{Host: host, PlainHTTP: true}}
 	conf.Warm = []fleet.Rule{{Name: "web", Repositories: []string{"*/team/*"}, Nodes: map[string]string{"pool": "web"}}}
 	must(t, conf.finish())
 	s, err := openService(conf, slog.New(slog.DiscardHandler))

@@ -69,7 +69,7 @@ func Find(ctx context.Context, source *registry.Source, manifest digest.Digest) 
 	return FindIn(ctx, source, manifest, list)
 }
 
-// FindIn is Find in a listing of referrers that is there already.
+// FindIn is Find in a listing of referrers of this type that is there already.
 func FindIn(ctx context.Context, source *registry.Source, manifest digest.Digest, list []v1.Descriptor) (best accel.Profile, err error) {
 	found, looked := false, 0
 	var errs []error
@@ -119,7 +119,7 @@ func better(a, b accel.Profile) int {
 func read(ctx context.Context, source *registry.Source, d v1.Descriptor) (accel.Profile, error) {
 	inline := d.Annotations[accel.AnnotationProfile]
 	var layers []v1.Descriptor
-	if inline == "" { // it is a layer, or the listing leaves annotations out
+	if inline == "" { // it is a layer
 		raw, _, err := source.Manifest(ctx, d.Digest.String())
 		if err != nil {
 			return accel.Profile{}, err
@@ -128,7 +128,7 @@ func read(ctx context.Context, source *registry.Source, d v1.Descriptor) (accel.
 		if err := json.Unmarshal(raw, &m); err != nil {
 			return accel.Profile{}, fmt.Errorf("%w: %w", accel.ErrInvalid, err)
 		}
-		inline, layers = m.Annotations[accel.AnnotationProfile], m.Layers
+		layers = m.Layers
 	}
 	var packed []byte
 	var err error

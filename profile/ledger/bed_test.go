@@ -177,7 +177,7 @@ func (b *bed) due() (p ledger.Publication, ok bool) {
 	b.t.Helper()
 	ctx, cancel := context.WithTimeout(b.t.Context(), 20*time.Millisecond)
 	defer cancel()
-	p, err := b.NextPublication(ctx)
+	p, err := b.NextPublication(ctx, nil)
 	if err != nil && ctx.Err() == nil {
 		b.t.Fatal(err)
 	}
@@ -191,6 +191,13 @@ func (b *bed) publish() digest.Digest {
 	if !ok {
 		return ""
 	}
+	b.settle(p)
+	return p.Manifest
+}
+
+// settle is publish of what was due.
+func (b *bed) settle(p ledger.Publication) {
+	b.t.Helper()
 	for n := range p.Places {
 		p.Places[n].Artifact = ""
 		if p.Profile != nil {
@@ -198,7 +205,6 @@ func (b *bed) publish() digest.Digest {
 		}
 	}
 	must(b.t, b.Published(b.t.Context(), p))
-	return p.Manifest
 }
 
 func (b *bed) expectDue(name string) {

@@ -3,7 +3,6 @@ package ledger
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"hash/maphash"
 
@@ -68,9 +67,4 @@ func (l *Ledger) check(bt *bbolt.Tx) error {
 		return bad("%d images are counted, there are %d", n, images)
 	}
 	return nil
-}
-
-// Check reads everything and returns an ErrDamaged for what does not agree.
-func (l *Ledger) Check() error {
-	return l.file.View(func(bt *bbolt.Tx) error { return errors.Join(l.check(bt), l.file.CheckPages(bt)) })
 }

@@ -39,8 +39,8 @@ func (s *state) compose() error {
 	return nil
 }
 
-// standing is the profile that follows from the parts, with or without what the image's maker
-// lists; ok is false where nothing is known.
+// standing is the profile that follows from the parts, with or without what is listed; ok is
+// false where nothing is known.
 func (s *state) standing(withListed bool) (p accel.Profile, ok bool) {
 	sum := s.summary(partSummary)
 	var others []accel.Profile
@@ -62,10 +62,13 @@ func (s *state) standing(withListed bool) (p accel.Profile, ok bool) {
 			break
 		}
 	}
-	if listed, known := s.profile(partListed); known && withListed {
-		if !ok || len(p.Items) == 0 {
+	for _, k := range []kind{partListed, partPaths} {
+		listed, known := s.profile(k)
+		switch {
+		case !known || !withListed:
+		case !ok || len(p.Items) == 0:
 			p, ok = listed, true
-		} else {
+		default:
 			others = append(others, listed)
 		}
 	}

@@ -12,7 +12,7 @@
 //
 // What was recorded wins over what was imported, that over what was inherited, and that
 // over what was predicted. As long as all recorded starts are incomplete, they only
-// add to the next of these; what the image's maker lists is always in. So it follows
+// add to the next of these; what the image's maker lists, and what a person lists, is always in. So it follows
 // from the set of reports that the summary keeps, in whatever order they came.
 //
 // # New use

@@ -30,6 +30,8 @@ type Given struct {
 	Predicted, Inherited []accel.ProfileItem
 	// Listed is what the image's maker lists.
 	Listed []accel.ProfileItem
+	// Failed says that a prediction was tried and failed. After some of these none is tried any more.
+	Failed bool
 }
 
 // state is one image while its lock is held.
@@ -214,6 +216,13 @@ func (l *Ledger) Learn(ctx context.Context, manifest digest.Digest, at Image, la
 	return l.change(ctx, manifest, true, func(s *state) error {
 		s.learnPlace(at)
 		s.row.Layers, s.touched = layers, true
+		if g.Failed {
+			s.row.Foretells++
+		}
+		if s.row.Foretells >= maxForetells && !s.row.Foretold && g.Predicted == nil {
+			s.row.Foretold = true
+			s.l.o.Log.Warn("what starts of an image read could not be predicted, and is not tried any more; recorded starts will tell", "manifest", manifest, "image", at.Repository, "tries", s.row.Foretells)
+		}
 		s.row.Foretold = s.row.Foretold || g.Predicted != nil
 		s.used()
 		for k, items := range map[kind][]accel.ProfileItem{partPredicted: g.Predicted, partInherited: g.Inherited, partListed: g.Listed} {
@@ -284,6 +293,20 @@ func (l *Ledger) Import(ctx context.Context, manifest digest.Digest, p accel.Pro
 		}
 		for _, k := range []kind{partSummary, partNext} {
 			s.setSummary(k, profile.NewSummary(manifest))
+		}
+		s.used()
+		return s.compose()
+	})
+}
+
+// List sets what a person lists; none takes it away. It is always in, whatever else is known. accel.ErrNotFound for an
+// unknown manifest.
+func (l *Ledger) List(ctx context.Context, manifest digest.Digest, items []accel.ProfileItem) error {
+	return l.change(ctx, manifest, false, func(s *state) error {
+		if items = s.inImage(items); len(items) == 0 {
+			s.remove(partPaths)
+		} else if err := s.setProfile(partPaths, profile.Union(accel.Profile{Origin: accel.ProfileListed, Items: items})); err != nil {
+			return err
 		}
 		s.used()
 		return s.compose()

@@ -61,7 +61,7 @@ func beKilled(path, run string) {
 	}
 	go func() {
 		for {
-			p, err := l.NextPublication(ctx)
+			p, err := l.NextPublication(ctx, nil)
 			if err != nil {
 				panic(err)
 			}

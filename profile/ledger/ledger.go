@@ -43,6 +43,8 @@ const (
 	maxStale = 8
 	// maxSeen bounds the ids of reports that are remembered beside the sample's.
 	maxSeen = 256
+	// maxForetells is how often a prediction is tried; an image may be such that it never comes to an end.
+	maxForetells = 5
 	// maxTries bounds the exponent of the pause before a publication is tried again.
 	maxTries = 10
 )
@@ -75,7 +77,8 @@ type Ledger struct {
 	// outside of transactions.
 	images keylock.Mutex
 	// due has one slot: there may be something to publish sooner than was thought.
-	due chan struct{}
+	due   chan struct{}
+	taken taken
 }
 
 // Open opens the ledger in the file path, which is made where there is none. A file

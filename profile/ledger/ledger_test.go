@@ -256,14 +256,112 @@ func TestPublication(t *testing.T) {
 			t.Fatal("what failed is not tried again")
 		}
 	}
-	b.expectDue("a")
+	b.settle(p)
 	must(t, b.Remove(t.Context(), manifest("a")))
 	b.clock.pass(time.Minute)
 	if p, ok = b.due(); !ok || p.Profile != nil || p.Places[0].Artifact == "" {
 		t.Errorf("a removed profile stays published: %+v", p)
 	}
-	b.expectDue("a")
+	b.settle(p)
 	b.expectNoneDue()
+}
+
+// What is switched off publishes nothing, also of what was due before.
+func TestUnpublished(t *testing.T) {
+	b := newBed(t, ledger.Options{})
+	b.learn("a", ledger.Given{Predicted: items(t, "0:bin/a:0:1000")})
+	must(t, b.Close())
+	b.o.Unpublished = true
+	b.open()
+	b.learn("b", ledger.Given{Predicted: items(t, "0:bin/a:0:1000")})
+	b.expectNoneDue()
+	b.clock.pass(24 * time.Hour)
+	b.expectNoneDue()
+	b.o.Unpublished = false
+	b.restart()
+	b.expectDue("a")
+}
+
+// Several are published at a time, each by one; those of a registry that may not be asked now wait.
+func TestPublicationsAtATime(t *testing.T) {
+	b := newBed(t, ledger.Options{})
+	ctx := t.Context()
+	for _, name := range []string{"slow1", "slow2", "quick"} {
+		at := imageOf(name)
+		at.Target = strings.TrimRight(name, "12") + ".test/app"
+		must(t, b.Learn(ctx, manifest(name), at, layers, ledger.Given{Predicted: items(t, "0:bin/a:0:1000")}))
+		b.clock.pass(time.Second)
+	}
+	first, ok := b.due()
+	if !ok || first.Manifest != manifest("slow1") {
+		t.Fatalf("%+v", first)
+	}
+	p, err := b.NextPublication(ctx, func(at ledger.Image) bool { return at.Target != "slow.test/app" })
+	must(t, err)
+	if p.Manifest != manifest("quick") {
+		t.Errorf("%s is published, which may not be", p.Places[0].Target)
+	}
+	second, ok := b.due()
+	if !ok || second.Manifest != manifest("slow2") {
+		t.Fatalf("%+v", second)
+	}
+	b.expectNoneDue() // all are somebody's
+	must(t, b.PublicationFailed(ctx, first))
+	b.expectNoneDue()
+	b.clock.pass(2 * time.Minute)
+	b.expectDue("slow1")
+	b.settle(second)
+	b.settle(p)
+	b.expectNoneDue()
+}
+
+func TestPredictionsThatFailAreGivenUp(t *testing.T) {
+	b := newBed(t, ledger.Options{})
+	for n := range 6 {
+		known, err := b.Knows(t.Context(), manifest("a"), imageOf("a"))
+		must(t, err)
+		if known != (n == 5) {
+			t.Errorf("after %d tries it is given up: %v", n, known)
+		}
+		b.learn("a", ledger.Given{}) // one that was stopped does not count
+		b.learn("a", ledger.Given{Failed: true})
+	}
+}
+
+// What a person lists stands beside what the maker lists, whatever is learned, imported or recorded.
+func TestPersonsList(t *testing.T) {
+	b := newBed(t, ledger.Options{})
+	ctx := t.Context()
+	if err := b.List(ctx, manifest("a"), items(t, "0:x:0:1")); !errors.Is(err, accel.ErrNotFound) {
+		t.Errorf("a list for an unknown image: %v", err)
+	}
+	if _, err := b.Place(ctx, manifest("a")); !errors.Is(err, accel.ErrNotFound) {
+		t.Errorf("the place of an unknown image: %v", err)
+	}
+	b.learn("a", ledger.Given{})
+	if at, err := b.Place(ctx, manifest("a")); err != nil || at != imageOf("a") {
+		t.Errorf("%+v, %v", at, err)
+	}
+	must(t, b.List(ctx, manifest("a"), items(t, "0:model:0:100", "9:no/such/layer:0:1")))
+	b.expect("a", accel.ProfileListed, "0:model:0:100")
+	b.expectDue("a")
+	b.learn("a", ledger.Given{Predicted: items(t, "0:bin/a:0:10"), Listed: items(t, "0:label:0:5")})
+	b.expect("a", accel.ProfilePredicted, "0:bin/a:0:10", "0:label:0:5", "0:model:0:100")
+	b.report(report("a", 1, "n", items(t, "0:bin/b:0:10")))
+	b.restart()
+	b.expect("a", accel.ProfileRecorded, "0:bin/b:0:10", "0:label:0:5", "0:model:0:100")
+	if a, err := b.Ancestor(ctx, repository, "linux/amd64", manifest("b")); err != nil || written(a.Profile.Items) != "0:bin/b:0:10" {
+		t.Errorf("inherited would be %v, %v", a.Profile.Items, err)
+	}
+	must(t, b.List(ctx, manifest("a"), items(t, "0:other:0:7")))
+	b.expect("a", accel.ProfileRecorded, "0:bin/b:0:10", "0:label:0:5", "0:other:0:7")
+	must(t, b.List(ctx, manifest("a"), nil))
+	b.expect("a", accel.ProfileRecorded, "0:bin/b:0:10", "0:label:0:5")
+	must(t, b.List(ctx, manifest("a"), items(t, "0:other:0:7")))
+	must(t, b.Remove(ctx, manifest("a")))
+	if _, _, err := b.Profile(ctx, manifest("a")); !errors.Is(err, accel.ErrNotFound) {
+		t.Errorf("a removed profile is %v", err)
+	}
 }
 
 func TestRegistryThatDeletesNothing(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"sync"
 	"time"
 
 	"accel"
@@ -32,8 +33,12 @@ type Place struct {
 	Gone bool
 }
 
-// idlePause is how long NextPublication sleeps where nothing is due and nobody wakes it.
-const idlePause = time.Hour
+const (
+	// idlePause is how long NextPublication sleeps where nothing is due and nobody wakes it.
+	idlePause = time.Hour
+	// passedPause is how long where something was passed over: nobody says when that ends.
+	passedPause = 5 * time.Second
+)
 
 func (l *Ledger) wake() {
 	select {
@@ -42,23 +47,57 @@ func (l *Ledger) wake() {
 	}
 }
 
-// NextPublication waits until a profile is due to be published, and returns it. Only one caller may
-// wait at a time. It is due again until Published or PublicationFailed is called.
-func (l *Ledger) NextPublication(ctx context.Context) (Publication, error) {
+// taken are the publications that somebody works at.
+type taken struct {
+	mu   sync.Mutex
+	have map[digest.Digest]bool
+}
+
+// add is false where it was there.
+func (t *taken) add(manifest digest.Digest) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.have[manifest] {
+		return false
+	}
+	if t.have == nil {
+		t.have = map[digest.Digest]bool{}
+	}
+	t.have[manifest] = true
+	return true
+}
+
+func (t *taken) has(manifest digest.Digest) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.have[manifest]
+}
+
+func (t *taken) remove(manifest digest.Digest) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.have, manifest)
+}
+
+// NextPublication waits until a profile is due to be published, and returns it. It is the caller's until Published or
+// PublicationFailed has returned nil. Those with a place that may says no to are passed over for now; nil: none is. Only one
+// caller may wait at a time. A ledger that is Unpublished has none until ctx ends.
+func (l *Ledger) NextPublication(ctx context.Context, may func(Image) bool) (Publication, error) {
 	for {
-		manifest, at, err := l.firstDue(ctx)
+		manifest, pause, err := l.firstDue(ctx, may)
 		if err != nil {
 			return Publication{}, err
 		}
-		pause := idlePause
-		if manifest != "" {
-			if pause = min(pause, at.Sub(l.now())); pause <= 0 {
-				p, err := l.publication(ctx, manifest)
-				if err == nil || !errors.Is(err, accel.ErrNotFound) {
-					return p, err
-				}
-				continue // it made room meanwhile
+		if manifest != "" && l.taken.add(manifest) {
+			p, err := l.publication(ctx, manifest)
+			if err == nil {
+				return p, nil
 			}
+			l.taken.remove(manifest)
+			if !errors.Is(err, accel.ErrNotFound) && !errors.Is(err, errNotDue) {
+				return Publication{}, err
+			}
+			continue // it made room meanwhile, or was published just then
 		}
 		timer := time.NewTimer(pause)
 		select {
@@ -70,18 +109,52 @@ func (l *Ledger) NextPublication(ctx context.Context) (Publication, error) {
 	}
 }
 
-func (l *Ledger) firstDue(ctx context.Context) (manifest digest.Digest, at time.Time, err error) {
+// firstDue is the first that is due and may be taken; else how long to wait for one.
+func (l *Ledger) firstDue(ctx context.Context, may func(Image) bool) (manifest digest.Digest, pause time.Duration, err error) {
 	err = l.view(ctx, func(bt *bbolt.Tx) error {
-		if k, _ := bt.Bucket(bucketDue).Cursor().First(); len(k) > 8 {
-			manifest, at = digest.Digest(k[8:]), timeOf(k[:8])
+		manifest, pause = "", idlePause
+		if l.o.Unpublished {
+			return nil
+		}
+		c := bt.Bucket(bucketDue).Cursor()
+		for k, _ := c.First(); len(k) > 8; k, _ = c.Next() {
+			m := digest.Digest(k[8:])
+			if wait := timeOf(k[:8]).Sub(l.now()); wait > 0 {
+				pause = min(pause, wait)
+				return nil
+			}
+			if l.taken.has(m) {
+				continue
+			}
+			r, err := l.get(bt, m)
+			if err != nil {
+				return err
+			}
+			if may != nil && slices.ContainsFunc(r.Places, func(p place) bool { return !may(p.Image) }) {
+				pause = passedPause
+				continue
+			}
+			manifest = m
+			return nil
 		}
 		return nil
 	})
-	return manifest, at, err
+	return manifest, pause, err
 }
+
+// left says that a publication is nobody's any more.
+func (l *Ledger) left(p Publication) {
+	l.taken.remove(p.Manifest)
+	l.wake()
+}
+
+var errNotDue = errors.New("the profile is not due to be published any more")
 
 func (l *Ledger) publication(ctx context.Context, manifest digest.Digest) (p Publication, err error) {
 	err = l.change(ctx, manifest, false, func(s *state) error {
+		if s.row.DueAt.IsZero() || s.row.DueAt.After(l.now()) {
+			return errNotDue
+		}
 		p = Publication{Manifest: manifest}
 		if served, ok := s.profile(partServed); ok {
 			p.Profile, p.Version = &served, s.row.Served.Version
@@ -123,8 +196,9 @@ func (l *Ledger) Published(ctx context.Context, p Publication) error {
 		s.plan(served, ok)
 		return nil
 	})
-	if errors.Is(err, accel.ErrNotFound) {
-		return nil // forgotten meanwhile
+	if err == nil || errors.Is(err, accel.ErrNotFound) { // or forgotten meanwhile
+		l.left(p)
+		return nil
 	}
 	return err
 }
@@ -143,7 +217,8 @@ func (l *Ledger) PublicationFailed(ctx context.Context, p Publication) error {
 		s.row.DueAt, s.touched = l.now().Add(l.o.PublishEvery<<min(s.row.Tries, maxTries)), true
 		return nil
 	})
-	if errors.Is(err, accel.ErrNotFound) {
+	if err == nil || errors.Is(err, accel.ErrNotFound) {
+		l.left(p)
 		return nil
 	}
 	return err

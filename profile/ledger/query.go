@@ -204,6 +204,21 @@ func (l *Ledger) Knows(ctx context.Context, manifest digest.Digest, at Image) (k
 	return known, err
 }
 
+// Place is where a manifest was learned of last. accel.ErrNotFound for an unknown one.
+func (l *Ledger) Place(ctx context.Context, manifest digest.Digest) (at Image, err error) {
+	err = l.view(ctx, func(bt *bbolt.Tx) error {
+		r, err := l.get(bt, manifest)
+		if err == nil && len(r.Places) == 0 {
+			err = fmt.Errorf("%w: platform manifest %s is part of no image", accel.ErrNotFound, manifest)
+		}
+		if err == nil {
+			at = r.Places[len(r.Places)-1].Image
+		}
+		return err
+	})
+	return at, err
+}
+
 // Usage is how much is kept.
 type Usage struct {
 	Images int

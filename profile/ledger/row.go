@@ -35,7 +35,6 @@ var buckets = [][]byte{bucketImages, bucketParts, bucketUsed, bucketDue, bucketB
 var indexes = [][]byte{bucketUsed, bucketDue, bucketByImage, bucketByRepository}
 
 var (
-	keyFormat = []byte("format")
 	keyImages = []byte("images")
 	keyBytes  = []byte("bytes")
 )
@@ -47,7 +46,8 @@ const (
 	partPredicted kind = "predicted"
 	partInherited kind = "inherited"
 	partImported  kind = "imported"
-	partListed    kind = "listed"
+	partListed    kind = "listed"  // by the image's maker
+	partPaths     kind = "paths"   // by a person
 	partSummary   kind = "summary" // of the starts that count
 	partNext      kind = "next"    // of those that the profile foretold badly
 	partSeen      kind = "seen"    // 8 bytes for each report that counted, the newest last
@@ -55,7 +55,7 @@ const (
 	partPublished kind = "published"
 )
 
-var kinds = []kind{partPredicted, partInherited, partImported, partListed, partSummary, partNext, partSeen, partServed, partPublished}
+var kinds = []kind{partPredicted, partInherited, partImported, partListed, partPaths, partSummary, partNext, partSeen, partServed, partPublished}
 
 // row is what is known of one platform manifest, but for its parts.
 type row struct {
@@ -65,6 +65,8 @@ type row struct {
 	UsedAt   time.Time     `json:"usedAt"`
 	// Foretold says that the prediction was tried to its end, whatever became of it.
 	Foretold bool `json:"foretold,omitempty"`
+	// Foretells counts the predictions that failed before.
+	Foretells int `json:"foretells,omitempty"`
 	// Bytes is the sum of the parts.
 	Bytes int64 `json:"bytes"`
 
