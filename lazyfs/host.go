@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync"
 
 	"accel/internal/keylock"
@@ -133,9 +132,20 @@ func (h *Host) Layer(d digest.Digest) (*Layer, bool) {
 
 // Remove forgets a layer; its files are the caller's to delete. unread, which may be nil, is called when nobody can
 // read it any more, before it is closed: what fills it ends there, and not earlier, for a container's mount is not always one
-// that we see. Errors: ErrInUse while it is mounted, or something still has a mount open that was taken away (found out
+// that we see. Once Run has begun it waits until that has adopted what a former daemon left. Errors: ErrInUse while it is mounted, or something still has a mount open that was taken away (found out
 // after 5 s, or when ctx ends), or a holder lives and does not answer.
 func (h *Host) Remove(ctx context.Context, d digest.Digest, unread func()) error {
+	h.mu.Lock()
+	r := h.running
+	h.mu.Unlock()
+	if r != nil {
+		select {
+		case <-h.adopted:
+		case <-r.ctx.Done(): // it may have failed to
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 	unlock, err := h.byDigest.Lock(ctx, string(d))
 	if err != nil {
 		return err
@@ -157,15 +167,9 @@ func (h *Host) Remove(ctx context.Context, d digest.Digest, unread func()) error
 			return fmt.Errorf("%w: %s is mounted at %s", ErrInUse, d, m.Target)
 		}
 	}
-	links := h.links()
-	names, err := h.holderNames()
+	links, err := h.allLinks(ctx)
 	if err != nil {
-		return err
-	}
-	for _, name := range names {
-		if !slices.ContainsFunc(links, func(l *holderLink) bool { return l.name == name }) && !h.dead(name) {
-			return fmt.Errorf("%w: %s may be open in holder %s, which does not answer", ErrInUse, d, name)
-		}
+		return fmt.Errorf("layer %s may be open: %w", d, err)
 	}
 	for _, link := range links {
 		if err = link.remove(ctx, d); err != nil {

@@ -86,6 +86,7 @@ func TestPatience(t *testing.T) {
 		t.Errorf("not said once: %v\n%s", err, log)
 	}
 	b.start(im)
+	<-b.adopted // which may take longer than what is left of the patience
 	if err := im.same(target); err != nil {
 		t.Error("with a daemon again:", err)
 	}

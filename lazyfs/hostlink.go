@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -185,6 +186,27 @@ func (h *Host) links() []*holderLink {
 		links = append(links, l)
 	}
 	return links
+}
+
+// allLinks are those to all holders that live. ErrInUse where there is no connection to one, which may serve anything; one that
+// is just being started is waited for.
+func (h *Host) allLinks(ctx context.Context) ([]*holderLink, error) {
+	unlock, err := h.starting.Lock(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	names, err := h.holderNames()
+	if err != nil {
+		return nil, err
+	}
+	links := h.links()
+	for _, name := range names {
+		if !slices.ContainsFunc(links, func(l *holderLink) bool { return l.name == name }) && !h.dead(name) {
+			return nil, fmt.Errorf("%w: holder %s lives and does not answer", ErrInUse, name)
+		}
+	}
+	return links, nil
 }
 
 // Retire has the holders of other versions end with their last mounts. It waits until Run has adopted
