@@ -55,7 +55,7 @@ func (w *waiter) lookAgain(err error) {
 // forgotten reports whether nobody brings something that w waits for.
 func (w *waiter) forgotten() bool {
 	for i := range w.need {
-		if !w.l.Content.Has(i) && w.l.owner(w.l.memberOf(i)) == nil {
+		if _, promised := w.l.promised[i]; !promised && !w.l.Content.Has(i) && w.l.owner(w.l.memberOf(i)) == nil {
 			return true
 		}
 	}
@@ -277,9 +277,15 @@ func (f *Filler) ensure(w *waiter, first bool) {
 			f.join(l, fl, m)
 			continue
 		}
+		if f.promisedTo(w, m) {
+			continue
+		}
 		must := k + 1
 		for must < len(members) && members[must] == m+must-k {
 			must++
+		}
+		for _, m := range members[k:must] {
+			l.withdraw(m)
 		}
 		end := f.cover(l, m, m+must-k, window)
 		if k == 0 && s != nil {
