@@ -87,6 +87,7 @@ type Lazy struct {
 	locks   keylock.Mutex // one for each layer
 	turns   keylock.Mutex // one for each layer: how it is mounted, by the plain file or through the holder
 	slots   chan struct{}
+	boots   chan struct{}      // as many as bundles come at a time
 	checks  chan digest.Digest // complete layers whose DiffID is to be computed
 	pulls   pulls
 	rates   rates
@@ -134,7 +135,7 @@ func New(o Options) (*Lazy, error) {
 	if o.Dir == "" || o.RunDir == "" || o.Store == nil || o.Registry == nil || o.Keys == nil || len(o.Holder) == 0 {
 		return nil, fmt.Errorf("%w: lazy mounts need folders, a store, registries, keys and a holder", accel.ErrInvalid)
 	}
-	l := &Lazy{o: o, origins: origins{filepath.Join(o.Dir, "origins")}, slots: make(chan struct{}, openings), checks: make(chan digest.Digest, 1024), open: map[digest.Digest]*openLayer{}}
+	l := &Lazy{o: o, origins: origins{filepath.Join(o.Dir, "origins")}, slots: make(chan struct{}, openings), boots: make(chan struct{}, boots), checks: make(chan digest.Digest, 1024), open: map[digest.Digest]*openLayer{}}
 	l.pulls = pulls{record: o.Record, counts: l.counts, under: map[digest.Digest]*pull{}}
 	if o.Record == nil {
 		l.pulls.record = func(accel.Pull) {}
@@ -376,12 +377,18 @@ func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey, k
 		}
 	}
 	img.planned = make(chan struct{})
-	if err := l.prepare(ctx, img); err != nil {
+	boot := l.boot(running, img, there)
+	if err := l.prepare(ctx, img, boot); err != nil {
+		boot.end(false)
 		cancel()
 		release()
 		return img, err
 	}
 	late := time.AfterFunc(heldTime, release)
+	if boot != nil {
+		late.Stop() // it ends by itself, and nothing else is as urgent
+		close(boot.opened)
+	}
 	l.mu.Lock()
 	for _, y := range img.layers {
 		open := l.open[y.Digest]
@@ -391,7 +398,14 @@ func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey, k
 	l.work.Go(func() {
 		defer cancel()
 		defer close(img.planned)
-		l.fetchAhead(searching, img, found)
+		planning := searching
+		if boot != nil {
+			boot.end(true)
+			var done context.CancelFunc
+			planning, done = context.WithTimeout(running, resolveTime)
+			defer done()
+		}
+		l.fetchAhead(planning, img, found, boot)
 		late.Stop()
 		release()
 	})

@@ -19,17 +19,17 @@ import (
 
 // prepare opens all layers of an image at once, so that mounting them takes no time, and
 // filling them has begun.
-func (l *Lazy) prepare(ctx context.Context, img *image) error {
+func (l *Lazy) prepare(ctx context.Context, img *image, b *boot) error {
 	g, ctx := errgroup.WithContext(ctx)
 	for _, y := range img.layers {
-		g.Go(func() error { return l.openLayer(ctx, y.Digest, &y.origin) })
+		g.Go(func() error { return l.openLayer(ctx, y.Digest, &y.origin, b) })
 	}
 	return g.Wait()
 }
 
 // openLayer makes a layer ready to be mounted. said is what an image says of it; nil: what is known
-// already has to do.
-func (l *Lazy) openLayer(ctx context.Context, d digest.Digest, said *origin) error {
+// already has to do. b may have its TOC.
+func (l *Lazy) openLayer(ctx context.Context, d digest.Digest, said *origin, b *boot) error {
 	unlock, err := l.locks.Lock(ctx, d.String())
 	if err != nil {
 		return err
@@ -52,7 +52,7 @@ func (l *Lazy) openLayer(ctx context.Context, d digest.Digest, said *origin) err
 	}
 	stored, err := l.o.Store.Layer(d)
 	if errors.Is(err, accel.ErrNotFound) {
-		stored, err = l.create(ctx, d, &o)
+		stored, err = l.create(ctx, d, &o, b)
 	}
 	if err != nil {
 		return err
@@ -86,8 +86,8 @@ func (l *Lazy) knownOrigin(d digest.Digest, said *origin) (origin, error) {
 	return o, nil
 }
 
-// create makes a layer's files in the store from its TOC. It completes o.
-func (l *Lazy) create(ctx context.Context, d digest.Digest, o *origin) (*cache.Layer, error) {
+// create makes a layer's files in the store from its TOC, which b may have. It completes o.
+func (l *Lazy) create(ctx context.Context, d digest.Digest, o *origin, b *boot) (*cache.Layer, error) {
 	select {
 	case l.slots <- struct{}{}:
 		defer func() { <-l.slots }()
@@ -95,7 +95,7 @@ func (l *Lazy) create(ctx context.Context, d digest.Digest, o *origin) (*cache.L
 		return nil, ctx.Err()
 	}
 	began := time.Now()
-	packed, json, offset, err := l.fetchTOC(ctx, d, *o)
+	packed, json, offset, err := l.bundledTOC(ctx, b, d, *o)
 	if err != nil {
 		return nil, err
 	}
@@ -191,7 +191,7 @@ func (l *Lazy) Mount(ctx context.Context, d digest.Digest, target string) error 
 }
 
 func (l *Lazy) mount(ctx context.Context, d digest.Digest, target string) error {
-	if err := l.openLayer(ctx, d, nil); err != nil {
+	if err := l.openLayer(ctx, d, nil, nil); err != nil {
 		return err
 	}
 	l.mu.Lock()

@@ -284,10 +284,13 @@ func (f *Filler) ensure(w *waiter, first bool) {
 		for must < len(members) && members[must] == m+must-k {
 			must++
 		}
+		ahead := window
 		for _, m := range members[k:must] {
-			l.withdraw(m)
+			if l.withdraw(m) {
+				ahead = 0 // what else is wanted soon comes by the stream
+			}
 		}
-		end := f.cover(l, m, m+must-k, window)
+		end := f.cover(l, m, m+must-k, ahead)
 		if k == 0 && s != nil {
 			s.reach(m, end)
 		}

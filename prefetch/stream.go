@@ -222,14 +222,13 @@ func (l *layer) promises(m int) bool {
 	return false
 }
 
-// withdraw has m fetched in spite of what was promised. Filler.mu is held.
-func (l *layer) withdraw(m int) {
-	if len(l.promised) == 0 {
-		return
-	}
-	for p, to := l.places(m); p < to; p++ {
+// withdraw has m fetched in spite of what was promised, and reports whether something was. Filler.mu is held.
+func (l *layer) withdraw(m int) bool {
+	was := l.promises(m)
+	for p, to := l.places(m); was && p < to; p++ {
 		delete(l.promised, l.at(p))
 	}
+	return was
 }
 
 // promisedTo reports whether streams bring all that w lacks of m, and not later than a request of its own
@@ -252,7 +251,11 @@ func (f *Filler) promisedTo(w *waiter, m int) bool {
 	return true
 }
 
-// tooFar reports whether what is promised comes later than by a request of its own; as join does. f.mu is held.
+// overtakeTime: what a stream brings within it is waited for, whatever was measured. All of a stream is wanted soon, and a request
+// of one's own takes its time from the same link, and brings what the stream brings once more.
+const overtakeTime = time.Second
+
+// tooFar reports whether what is promised comes much later than by a request of its own; compare join. f.mu is held.
 func (f *Filler) tooFar(l *layer, m int, p promise) bool {
 	fl, k := p.s.fl, l.link
 	distance := p.at - fl.position
@@ -265,7 +268,8 @@ func (f *Filler) tooFar(l *layer, m int, p promise) bool {
 		own = float64(fl.received) / since.Seconds()
 	}
 	offset, end := l.span(m)
-	if float64(seconds(float64(distance)/own)) <= overtakeFactor*float64(latency+seconds(float64(end-offset)/rate)) {
+	wait := seconds(float64(distance) / own)
+	if wait < overtakeTime || float64(wait) <= overtakeFactor*float64(latency+seconds(float64(end-offset)/rate)) {
 		return false
 	}
 	l.stats.Overtakes++
