@@ -265,7 +265,10 @@ func (f *Filler) ensure(w *waiter, first bool) {
 	}
 	window := int64(leastWindowBytes)
 	var s *sequence
-	if first {
+	switch {
+	case len(l.promised) > 0:
+		window = 0 // a stream brings what else is wanted soon; nothing takes its link for a guess
+	case first:
 		s = l.sequence(f.touches, members)
 		window = s.window
 	}
@@ -284,13 +287,10 @@ func (f *Filler) ensure(w *waiter, first bool) {
 		for must < len(members) && members[must] == m+must-k {
 			must++
 		}
-		ahead := window
 		for _, m := range members[k:must] {
-			if l.withdraw(m) {
-				ahead = 0 // what else is wanted soon comes by the stream
-			}
+			l.withdraw(m)
 		}
-		end := f.cover(l, m, m+must-k, ahead)
+		end := f.cover(l, m, m+must-k, window)
 		if k == 0 && s != nil {
 			s.reach(m, end)
 		}

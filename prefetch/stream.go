@@ -222,13 +222,14 @@ func (l *layer) promises(m int) bool {
 	return false
 }
 
-// withdraw has m fetched in spite of what was promised, and reports whether something was. Filler.mu is held.
-func (l *layer) withdraw(m int) bool {
-	was := l.promises(m)
-	for p, to := l.places(m); was && p < to; p++ {
+// withdraw has m fetched in spite of what was promised. Filler.mu is held.
+func (l *layer) withdraw(m int) {
+	if len(l.promised) == 0 {
+		return
+	}
+	for p, to := l.places(m); p < to; p++ {
 		delete(l.promised, l.at(p))
 	}
-	return was
 }
 
 // promisedTo reports whether streams bring all that w lacks of m, and not later than a request of its own
