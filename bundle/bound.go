@@ -8,15 +8,20 @@ type LayerSize struct {
 // untrustedBytes of content may be in any bundle.
 const untrustedBytes = 16 << 20
 
-// Bound is how much content an image's bundle may have, and how large it may be: as much content as the blobs have bytes, which
+// Bounds of a bundle.
+type Bounds struct {
+	ContentBytes, SizeBytes int64
+}
+
+// Bound is how much an image's bundle may have: as much content as the blobs have bytes, which
 // is less than half of what they inflate to as a rule, and half of the blobs beside their TOCs. Whoever can push to the
 // repository can attach one, and should not make nodes fetch more than a pull would. Bundles of small images may be
 // larger.
-func Bound(layers []LayerSize) (contentBytes, sizeBytes int64) {
+func Bound(layers []LayerSize) Bounds {
 	var blobs, tocs int64
 	for _, l := range layers {
 		blobs += l.Bytes
 		tocs += l.Bytes - l.TOCOffset
 	}
-	return max(blobs, untrustedBytes), min(tocs+max(blobs/2, untrustedBytes), maxBytes)
+	return Bounds{max(blobs, untrustedBytes), min(tocs+max(blobs/2, untrustedBytes), maxBytes)}
 }

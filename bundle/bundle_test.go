@@ -123,7 +123,7 @@ var plenty = Limits{TOCBytes: 1 << 30, ContentBytes: 1 << 30}
 
 func (f *fixture) made(t testing.TB, maxBytes int64) Made {
 	t.Helper()
-	m, err := Make(context.Background(), f.layers, f.items(), f.read, maxBytes)
+	m, err := Make(context.Background(), f.layers, f.items(), f.read, Bounds{1 << 30, maxBytes})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -226,7 +226,7 @@ func TestBundleKeepsItsBound(t *testing.T) {
 	}
 	few := false
 	for most := whole.SizeBytes - 1; ; most -= 5000 {
-		m, err := Make(context.Background(), f.layers, f.items(), f.read, most)
+		m, err := Make(context.Background(), f.layers, f.items(), f.read, Bounds{1 << 30, most})
 		if errors.Is(err, ErrTooLarge) {
 			break
 		}
@@ -286,7 +286,7 @@ func TestMakeRefusesWhatTheMappingDoesNotSay(t *testing.T) {
 	without := f.layers[1]
 	without.TOCDigest = ""
 	for name, l := range map[string]accel.LayerMapping{"another TOC": damaged, "no TOC": without} {
-		if _, err := Make(context.Background(), []accel.LayerMapping{f.layers[0], l}, f.items(), f.read, 1<<30); !errors.Is(err, accel.ErrInvalid) {
+		if _, err := Make(context.Background(), []accel.LayerMapping{f.layers[0], l}, f.items(), f.read, Bounds{1 << 30, 1 << 30}); !errors.Is(err, accel.ErrInvalid) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -295,7 +295,7 @@ func TestMakeRefusesWhatTheMappingDoesNotSay(t *testing.T) {
 		blob[i] ^= 0x55
 	}
 	f.blobs[0] = blob
-	if _, err := Make(context.Background(), f.layers, f.items(), f.read, 1<<30); !errors.Is(err, accel.ErrInvalid) {
+	if _, err := Make(context.Background(), f.layers, f.items(), f.read, Bounds{1 << 30, 1 << 30}); !errors.Is(err, accel.ErrInvalid) {
 		t.Errorf("damaged content: %v", err)
 	}
 }

@@ -29,10 +29,10 @@ type Made struct {
 	Content []byte
 }
 
-// Make makes the bundle of an image, by its mapping and its profile, of at most maxBytes: of a larger one what is used last
+// Make makes the bundle of an image, by its mapping and its profile, within bounds: of a larger one what is used last
 // is left out. Equal input gives equal bytes. The error is ErrTooLarge, accel.ErrInvalid where the blobs are not what the mapping
 // says or a layer has no TOC, or read's.
-func Make(ctx context.Context, layers []accel.LayerMapping, items []accel.ProfileItem, read Range, maxBytes int64) (Made, error) {
+func Make(ctx context.Context, layers []accel.LayerMapping, items []accel.ProfileItem, read Range, most Bounds) (Made, error) {
 	tables, tocs := make([]*table, len(layers)), make([][]byte, len(layers))
 	for n, l := range layers {
 		bytes := l.TargetBytes - l.TOCOffset
@@ -50,12 +50,12 @@ func Make(ctx context.Context, layers []accel.LayerMapping, items []accel.Profil
 			return Made{}, fmt.Errorf("layer %s: %w", l.Target, err)
 		}
 	}
-	p := &packer{ctx: ctx, read: read, tables: tables, chunks: hot(tables, items)}
+	p := &packer{ctx: ctx, read: read, tables: tables, chunks: hot(tables, items, most.ContentBytes)}
 	chunks := make([]Chunk, len(p.chunks))
 	for i, c := range p.chunks {
 		chunks[i] = c.Chunk
 	}
-	content, h, err := write(tocs, chunks, p.next, maxBytes)
+	content, h, err := write(tocs, chunks, p.next, most.SizeBytes)
 	if err != nil {
 		return Made{}, err
 	}

@@ -112,8 +112,8 @@ func (t *table) end(offset int64) int64 {
 	return t.ends[min(n, len(t.ends)-1)]
 }
 
-// hot are the chunks of what a profile names, each once, in its order; of equal ones the first.
-func hot(tables []*table, items []accel.ProfileItem) (chunks []placed) {
+// hot are the chunks of what a profile names, each once, in its order, for as many bytes as are left; of equal ones the first.
+func hot(tables []*table, items []accel.ProfileItem, left int64) (chunks []placed) {
 	named, contents := map[Chunk]bool{}, map[digest.Digest]bool{}
 	for _, i := range items {
 		if i.Layer < 0 || i.Layer >= len(tables) {
@@ -127,9 +127,10 @@ func hot(tables []*table, items []accel.ProfileItem) (chunks []placed) {
 				continue
 			}
 			contents[c.digest] = true
-			if chunks = append(chunks, c); len(chunks) == maxChunks {
+			if left -= c.Bytes; left < 0 || len(chunks) == maxChunks {
 				return chunks
 			}
+			chunks = append(chunks, c)
 		}
 	}
 	return chunks

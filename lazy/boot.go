@@ -106,7 +106,7 @@ func (l *Lazy) boot(ctx context.Context, img *image, there *attached) *boot {
 
 // worthwhile says why a bundle is not fetched, or how much content it may bring. Anybody could have attached it.
 func (l *Lazy) worthwhile(img *image, d bundle.Description) (contentBytes int64, err error) {
-	contentBytes, packedBytes := bundle.Bound(img.sizes())
+	most := bundle.Bound(img.sizes())
 	var all, missing int64
 	lacks := map[digest.Digest]bool{} // TOCs of layers of which nothing is here
 	for _, y := range img.layers {
@@ -124,10 +124,10 @@ func (l *Lazy) worthwhile(img *image, d bundle.Description) (contentBytes int64,
 		return 0, fmt.Errorf("it is of %d layers, and the image has %d", len(d.Layers), len(img.layers))
 	case len(lacks) == 0 || 4*missing < bootLeastFourths*all:
 		return 0, fmt.Errorf("%d of its %d bytes are of layers that are here, or of another image's", all-missing, all)
-	case d.SizeBytes > packedBytes || all > contentBytes:
+	case d.SizeBytes > most.SizeBytes || all > most.ContentBytes:
 		return 0, fmt.Errorf("%d bytes with %d of content are more than such an image's may have", d.SizeBytes, all)
 	}
-	return contentBytes, nil
+	return most.ContentBytes, nil
 }
 
 // sizes are those of the image's layers, for bundle.Bound.

@@ -28,8 +28,8 @@ const (
 	recordingPoll     = 100 * time.Millisecond
 	// filesAtHand are kept whole while a prediction reads in them.
 	filesAtHand = 16
-	// maxBundleBytes is the service's default of profiles.bundle.
-	maxBundleBytes = 128 << 20
+	// maxBundleBytes is the service's default of profiles.bundle; maxBundleContentBytes are more than it unpacks to.
+	maxBundleBytes, maxBundleContentBytes = 128 << 20, 1 << 30
 )
 
 // attachProfile publishes a profile beside an image, where nodes look for it. Package worker
@@ -52,7 +52,7 @@ func (b *bed) attachProfile(ctx context.Context, repository string, p accel.Prof
 			}
 			content, err := io.ReadAll(r)
 			return content, errors.Join(err, r.Close())
-		}, maxBundleBytes)
+		}, bundle.Bounds{ContentBytes: maxBundleContentBytes, SizeBytes: maxBundleBytes})
 		if err != nil {
 			return err
 		}
