@@ -25,7 +25,8 @@ var errUnbundled = errors.New("the image has no mapping yet, so its profile has 
 // said and is no error: nodes do without. errUnbundled comes with a form.
 func (p *Publisher) form(ctx context.Context, at *ledger.Place, what accel.Profile, made bundles) (artifact.Form, error) {
 	form, err := artifact.FormOf(what)
-	if err != nil || p.o.BundleBytes == 0 || len(what.Items) == 0 {
+	// Nodes know of what is beside the source before they ask for TOCs, and not of what is elsewhere.
+	if err != nil || p.o.BundleBytes == 0 || len(what.Items) == 0 || at.Target != at.Repository {
 		return form, err
 	}
 	began := time.Now()
