@@ -22,10 +22,15 @@ const (
 	// AnnotationProfile: on a profile artifact's manifest, the encoded profile, gzipped and
 	// in base64, where that is small; else the gzipped profile is the artifact's layer.
 	AnnotationProfile = "dev.accel.profile"
+	// AnnotationBundle: on a profile artifact's manifest, the description of the boot bundle that is among the artifact's
+	// layers (package bundle).
+	AnnotationBundle = "dev.accel.bundle"
 
 	// MediaTypeMapping is a mapping artifact's artifactType and the DSSE
 	// payload's type.
 	MediaTypeMapping = "application/vnd.dev.accel.mapping.v1+json"
 	// MediaTypeProfile is a profile artifact's artifactType, and an encoded profile's type.
 	MediaTypeProfile = "application/vnd.dev.accel.profile.v1+json"
+	// MediaTypeBundle is a boot bundle's type.
+	MediaTypeBundle = "application/vnd.dev.accel.bundle.v1"
 )

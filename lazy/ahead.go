@@ -48,8 +48,9 @@ type wave struct {
 // span is a run of chunks.
 type span struct{ first, n int }
 
-// fetchAhead plans by the profile and has the plan fetched before all that nobody waits for.
-func (l *Lazy) fetchAhead(ctx context.Context, img *image, answer <-chan found) {
+// fetchAhead plans by the profile and has the plan fetched before all that nobody waits for. What b has brought, or has not,
+// is known by then.
+func (l *Lazy) fetchAhead(ctx context.Context, img *image, answer <-chan found, b *boot) {
 	defer func() { img.layouts = nil }() // they take memory
 	f := <-answer
 	if l.starts.isPlain(img.manifest, time.Now()) {
@@ -71,7 +72,7 @@ func (l *Lazy) fetchAhead(ctx context.Context, img *image, answer <-chan found) 
 	var w *wave
 	var pieces []prefetch.Piece
 	err := lazyfs.Guarded(func() (err error) {
-		w, pieces, err = l.plan(img, f)
+		w, pieces, err = l.plan(img, f, b)
 		return err
 	})
 	if err == nil {
@@ -90,7 +91,7 @@ func (l *Lazy) fetchAhead(ctx context.Context, img *image, answer <-chan found) 
 
 // plan turns a profile's files into chunks. Layers that it does not name, and those that are complete, need not be
 // looked at.
-func (l *Lazy) plan(img *image, f found) (*wave, []prefetch.Piece, error) {
+func (l *Lazy) plan(img *image, f found, b *boot) (*wave, []prefetch.Piece, error) {
 	named := make([]bool, len(img.layers))
 	for _, i := range f.Items {
 		if i.Layer >= 0 && i.Layer < len(named) {
@@ -133,6 +134,10 @@ func (l *Lazy) plan(img *image, f found) (*wave, []prefetch.Piece, error) {
 		Ahead:  Ahead{From: f.from, Origin: f.Origin, Version: profile.Version(f.Profile)},
 		chunks: map[digest.Digest][]span{},
 	}
+	bundled := w.bundled(b, img, open)
+	if limits.HotBytes > 0 {
+		limits.HotBytes = max(limits.HotBytes-bundled, 1) // 0 is no limit
+	}
 	var pieces []prefetch.Piece
 	for _, r := range profile.Plan(f.Profile, layers, limits) {
 		d, bytes := img.layers[r.Layer].Digest, int64(0)
@@ -144,6 +149,7 @@ func (l *Lazy) plan(img *image, f found) (*wave, []prefetch.Piece, error) {
 		w.chunks[d] = append(w.chunks[d], span{r.First, r.N})
 		w.Requests++
 	}
+	w.PlannedBytes += bundled
 	return w, pieces, nil
 }
 
@@ -171,6 +177,26 @@ func layoutLayer(d digest.Digest, made *lazyfs.Layout, n int, items []accel.Prof
 		}
 		return nil
 	}, t)
+}
+
+// bundled takes in what an image's bundle has brought, and gives its bytes.
+func (w *wave) bundled(b *boot, img *image, open []*openLayer) (bytes int64) {
+	if b == nil {
+		return 0
+	}
+	w.Requests++
+	for n, y := range img.layers {
+		if open[n] == nil || len(w.chunks[y.Digest]) > 0 { // a layer may be in an image twice
+			continue
+		}
+		for _, i := range b.chunks[y.Digest] {
+			if open[n].Has(i) {
+				bytes += open[n].Chunk(i).Bytes
+				w.chunks[y.Digest] = append(w.chunks[y.Digest], span{i, 1})
+			}
+		}
+	}
+	return bytes
 }
 
 // profileLayer joins a layer's TOC with its table, which the caller keeps open.

@@ -100,6 +100,7 @@ type Lazy struct {
 	plans   chan struct{}       // as many as plans are made at a time
 	tocs    *semaphore.Weighted // bytes of TOCs that are unpacked while layers are opened
 	checks  chan digest.Digest  // layers whose DiffID is to be computed
+	boots   chan struct{}       // as many as bundles come at a time
 	liars   liars
 	pulls   pulls
 	rates   rates
@@ -149,7 +150,7 @@ func New(o Options) (*Lazy, error) {
 	if o.Dir == "" || o.RunDir == "" || o.Store == nil || o.Registry == nil || o.Keys == nil || len(o.Holder) == 0 {
 		return nil, fmt.Errorf("%w: lazy mounts need folders, a store, registries, keys and a holder", accel.ErrInvalid)
 	}
-	l := &Lazy{o: o, origins: origins{filepath.Join(o.Dir, "origins")}, slots: make(chan struct{}, openings), plans: make(chan struct{}, plannings), tocs: semaphore.NewWeighted(accel.MaxTOCBytes), checks: make(chan digest.Digest, 1024), open: map[digest.Digest]*openLayer{}, expected: map[imageKey]*prospect{}}
+	l := &Lazy{o: o, origins: origins{filepath.Join(o.Dir, "origins")}, slots: make(chan struct{}, openings), plans: make(chan struct{}, plannings), tocs: semaphore.NewWeighted(accel.MaxTOCBytes), boots: make(chan struct{}, boots), checks: make(chan digest.Digest, 1024), open: map[digest.Digest]*openLayer{}, expected: map[imageKey]*prospect{}}
 	l.pulls = pulls{record: o.Record, counts: l.counts, under: map[digest.Digest]*pull{}}
 	l.o.GrantTTL = cmp.Or(o.GrantTTL, defaultGrantTTL)
 	l.o.GrantGrace = cmp.Or(o.GrantGrace, defaultGrantGrace)
@@ -404,12 +405,18 @@ func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey, k
 		}
 	}
 	img.planned = make(chan struct{})
-	if err := l.prepare(ctx, img); err != nil {
+	boot := l.boot(running, img, p.there)
+	if err := l.prepare(ctx, img, boot); err != nil {
+		boot.end(false)
 		cancel()
 		release()
 		return img, err
 	}
 	late := time.AfterFunc(heldTime, release)
+	if boot != nil {
+		late.Stop() // it ends by itself, and nothing else is as urgent
+		close(boot.opened)
+	}
 	l.mu.Lock()
 	for _, y := range img.layers {
 		open := l.open[y.Digest]
@@ -419,7 +426,14 @@ func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey, k
 	l.work.Go(func() {
 		defer cancel()
 		defer close(img.planned)
-		l.fetchAhead(p.ctx, img, p.profile)
+		planning := p.ctx
+		if boot != nil {
+			boot.end(true)
+			var done context.CancelFunc
+			planning, done = context.WithTimeout(running, resolveTime)
+			defer done()
+		}
+		l.fetchAhead(planning, img, p.profile, boot)
 		late.Stop()
 		release()
 	})

@@ -19,6 +19,7 @@ type metrics struct {
 	profileBytes *prometheus.CounterVec
 	starts       *prometheus.CounterVec
 	startMisses  prometheus.Histogram
+	bundles      *prometheus.CounterVec
 }
 
 func newMetrics(r prometheus.Registerer, l *Lazy) (*metrics, error) {
@@ -32,6 +33,10 @@ func newMetrics(r prometheus.Registerer, l *Lazy) (*metrics, error) {
 	m.profileBytes = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "accel_lazy_profile_bytes_total", Help: "Content that was fetched ahead by profiles: planned; and of that, when a start was recorded, used or vain."}, []string{"what"})
 	m.starts = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "accel_lazy_profile_starts_total", Help: "Starts that were recorded: complete, incomplete, or lost."}, []string{"result"})
 	m.startMisses = prometheus.NewHistogram(prometheus.HistogramOpts{Name: "accel_lazy_profile_start_misses", Help: "Reads that had to wait during a recorded start that something was fetched ahead of.", Buckets: prometheus.ExponentialBuckets(1, 2, 12)})
+	m.bundles = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "accel_lazy_bundles_total", Help: "Boot bundles that were fetched: ok, failed (the rest came by ranges) or canceled."}, []string{"result"})
+	for _, result := range []string{"ok", "failed", "canceled"} {
+		m.bundles.WithLabelValues(result)
+	}
 	for _, from := range []string{fromNode, fromServer, fromRegistry} {
 		m.profiles.WithLabelValues(from)
 	}
@@ -52,7 +57,7 @@ func newMetrics(r prometheus.Registerer, l *Lazy) (*metrics, error) {
 		defer l.mu.Unlock()
 		return float64(len(l.open))
 	})
-	for _, c := range []prometheus.Collector{m.images, m.refused, m.liars, m.holderDeaths, m.profiles, m.profileBytes, m.starts, m.startMisses, layers} {
+	for _, c := range []prometheus.Collector{m.images, m.refused, m.liars, m.holderDeaths, m.profiles, m.profileBytes, m.starts, m.startMisses, m.bundles, layers} {
 		if err := r.Register(c); err != nil {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}

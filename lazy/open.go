@@ -19,12 +19,12 @@ import (
 
 // prepare opens all layers of an image at once, so that mounting them takes no time, and
 // filling them has begun.
-func (l *Lazy) prepare(ctx context.Context, img *image) error {
+func (l *Lazy) prepare(ctx context.Context, img *image, b *boot) error {
 	img.layouts = make([]*lazyfs.Layout, len(img.layers))
 	g, ctx := errgroup.WithContext(ctx)
 	for n, y := range img.layers {
 		g.Go(func() (err error) {
-			img.layouts[n], err = l.openLayer(ctx, y.Digest, &y.origin)
+			img.layouts[n], err = l.openLayer(ctx, y.Digest, &y.origin, b)
 			return err
 		})
 	}
@@ -32,8 +32,8 @@ func (l *Lazy) prepare(ctx context.Context, img *image) error {
 }
 
 // openLayer makes a layer ready to be mounted. said is what an image says of it; nil: what is known
-// already has to do. Where its files were made for it, what they hold is returned, as it is in memory.
-func (l *Lazy) openLayer(ctx context.Context, d digest.Digest, said *origin) (made *lazyfs.Layout, err error) {
+// already has to do. b may have its TOC. Where its files were made for it, what they hold is returned, as it is in memory.
+func (l *Lazy) openLayer(ctx context.Context, d digest.Digest, said *origin, b *boot) (made *lazyfs.Layout, err error) {
 	unlock, err := l.locks.Lock(ctx, d.String())
 	if err != nil {
 		return nil, err
@@ -65,7 +65,7 @@ func (l *Lazy) openLayer(ctx context.Context, d digest.Digest, said *origin) (ma
 	}
 	stored, err := l.o.Store.Layer(d)
 	if errors.Is(err, accel.ErrNotFound) {
-		stored, made, err = l.create(ctx, d, &o)
+		stored, made, err = l.create(ctx, d, &o, b)
 	}
 	if err != nil {
 		return nil, err
@@ -105,8 +105,8 @@ func (l *Lazy) knownOrigin(d digest.Digest, said *origin) (origin, error) {
 	return o, nil
 }
 
-// create makes a layer's files in the store from its TOC. It completes o.
-func (l *Lazy) create(ctx context.Context, d digest.Digest, o *origin) (*cache.Layer, *lazyfs.Layout, error) {
+// create makes a layer's files in the store from its TOC, which b may have. It completes o.
+func (l *Lazy) create(ctx context.Context, d digest.Digest, o *origin, b *boot) (*cache.Layer, *lazyfs.Layout, error) {
 	select {
 	case l.slots <- struct{}{}:
 		defer func() { <-l.slots }()
@@ -116,13 +116,23 @@ func (l *Lazy) create(ctx context.Context, d digest.Digest, o *origin) (*cache.L
 	began := time.Now()
 	memory := &tocMemory{all: l.tocs}
 	defer memory.release()
-	packed, json, offset, err := l.fetchTOC(ctx, d, *o, memory)
+	packed, json, offset, err := l.bundledTOC(ctx, b, d, *o, memory)
 	if err != nil {
 		return nil, nil, err
 	}
 	fetched := time.Since(began)
 	o.TOCOffset = offset
+	var packing errgroup.Group // of one that came in another form; a second processor does it
+	if packed == nil {
+		packing.Go(func() (err error) {
+			packed, err = packTOC(json)
+			return err
+		})
+	}
 	layout, err := lazyfs.Build(json, offset)
+	if err := packing.Wait(); err != nil {
+		return nil, nil, fmt.Errorf("pack the table of contents of layer %s: %w", d, err)
+	}
 	if err != nil {
 		return nil, nil, declined("layer %s: %v", d, err)
 	}
@@ -221,7 +231,7 @@ func (l *Lazy) Mount(ctx context.Context, d digest.Digest, target string) error 
 }
 
 func (l *Lazy) mount(ctx context.Context, d digest.Digest, target string) error {
-	if _, err := l.openLayer(ctx, d, nil); err != nil {
+	if _, err := l.openLayer(ctx, d, nil, nil); err != nil {
 		return err
 	}
 	l.mu.Lock()

@@ -90,7 +90,7 @@ func newOpener(t *testing.T) *opener {
 
 // opens is openLayer for who needs no layout.
 func (b *opener) opens(ctx context.Context, d digest.Digest, said *origin) error {
-	_, err := b.openLayer(ctx, d, said)
+	_, err := b.openLayer(ctx, d, said, nil)
 	return err
 }
 
@@ -143,7 +143,7 @@ func TestLayerWithoutAFiller(t *testing.T) {
 	b.mu.Lock()
 	delete(b.open, b.layer)
 	b.mu.Unlock()
-	if _, err := b.openLayer(t.Context(), b.layer, nil); !errors.Is(err, accel.ErrConflict) {
+	if _, err := b.openLayer(t.Context(), b.layer, nil, nil); !errors.Is(err, accel.ErrConflict) {
 		t.Errorf("given to the filler twice: %v", err)
 	}
 	if _, known := b.host.Layer(b.layer); known || b.opened() != nil || content.Len() != 0 {
@@ -157,7 +157,7 @@ func TestLayerWithoutAFiller(t *testing.T) {
 // A layer that cannot be filled is declined, so that containerd pulls its image.
 func TestLayerBeyondTheFillersBounds(t *testing.T) {
 	b := newOpener(t)
-	stored, _, err := b.create(t.Context(), b.layer, &b.origin)
+	stored, _, err := b.create(t.Context(), b.layer, &b.origin, nil)
 	must(t, err)
 	table, err := os.OpenFile(stored.Files().Table, os.O_RDWR, 0)
 	must(t, err)
@@ -172,7 +172,7 @@ func TestLayerBeyondTheFillersBounds(t *testing.T) {
 	_, err = table.WriteAt(raw, 0)
 	must(t, errors.Join(err, table.Close()))
 	var no *Declined
-	if _, err := b.openLayer(t.Context(), b.layer, &b.origin); !errors.As(err, &no) {
+	if _, err := b.openLayer(t.Context(), b.layer, &b.origin, nil); !errors.As(err, &no) {
 		t.Errorf("%v, want it declined", err)
 	}
 	if b.opened() != nil {
@@ -208,7 +208,7 @@ func TestLayerThatIsStillRead(t *testing.T) {
 // A table that is cut short while it is read is damage of that layer, not the end of the process.
 func TestVerifyADamagedTable(t *testing.T) {
 	b := newOpener(t)
-	stored, _, err := b.create(t.Context(), b.layer, &b.origin)
+	stored, _, err := b.create(t.Context(), b.layer, &b.origin, nil)
 	must(t, err)
 	f := stored.Files()
 	_, err = VerifyLayer(t.Context(), b.layer, f, func(int) bool {

@@ -14,6 +14,7 @@ import (
 	"accel/registry"
 
 	"github.com/containerd/stargz-snapshotter/estargz"
+	fastgzip "github.com/klauspost/compress/gzip"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/semaphore"
 )
@@ -69,6 +70,34 @@ func (l *Lazy) toc(ctx context.Context, source *registry.Source, d digest.Digest
 		return nil, nil, 0, fmt.Errorf("layer %s: %w: its digest is %s, not %s", d, errTOC, got, o.TOCDigest)
 	}
 	return packed, json, offset, nil
+}
+
+// bundledTOC takes a TOC from a bundle, which has it as JSON alone (packed is nil then), or fetches it as ever.
+func (l *Lazy) bundledTOC(ctx context.Context, b *boot, d digest.Digest, o origin, memory *tocMemory) (packed, json []byte, offset int64, err error) {
+	if o.TOCOffset >= 0 {
+		if json := b.toc(ctx, o.TOCDigest); json != nil && o.TOCDigest.Algorithm().FromBytes(json) == o.TOCDigest {
+			return nil, json, o.TOCOffset, nil
+		}
+	}
+	return l.fetchTOC(ctx, d, o, memory)
+}
+
+// packTOC is the inverse of unpackTOC. It is fast rather than small.
+func packTOC(json []byte) ([]byte, error) {
+	var packed bytes.Buffer
+	zw, err := fastgzip.NewWriterLevel(&packed, fastgzip.BestSpeed)
+	if err != nil {
+		return nil, err
+	}
+	tw := tar.NewWriter(zw)
+	err = tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: estargz.TOCTarName, Size: int64(len(json))})
+	if err == nil {
+		_, err = tw.Write(json)
+	}
+	if err = errors.Join(err, tw.Close(), zw.Close()); err != nil {
+		return nil, err
+	}
+	return packed.Bytes(), nil
 }
 
 // tail finds the TOC by the blob's footer.

@@ -53,7 +53,7 @@ func (w *waiter) lookAgain(err error) {
 // forgotten reports whether nobody brings something that w waits for.
 func (w *waiter) forgotten() bool {
 	for i := range w.need {
-		if !w.l.Content.Has(i) && w.l.owner(w.l.memberOf(i)) == nil {
+		if _, promised := w.l.promised[i]; !promised && !w.l.Content.Has(i) && w.l.owner(w.l.memberOf(i)) == nil {
 			return true
 		}
 	}
@@ -257,7 +257,10 @@ func (f *Filler) ensure(w *waiter, first bool) {
 	}
 	window := int64(leastWindowBytes)
 	var s *sequence
-	if first {
+	switch {
+	case len(l.promised) > 0:
+		window = 0 // a stream brings what else is wanted soon; nothing takes its link for a guess
+	case first:
 		s = l.sequence(f.touches, members)
 		window = s.window
 	}
@@ -269,9 +272,15 @@ func (f *Filler) ensure(w *waiter, first bool) {
 			f.join(l, fl, m)
 			continue
 		}
+		if f.promisedTo(w, m) {
+			continue
+		}
 		must := k + 1
 		for must < len(members) && members[must] == m+must-k {
 			must++
+		}
+		for _, m := range members[k:must] {
+			l.withdraw(m)
 		}
 		end := f.cover(l, m, m+must-k, window)
 		if k == 0 && s != nil {

@@ -155,8 +155,8 @@ func interleave(t *testing.T, seed uint64) {
 		if most := int64(len(l.fx.blob)) + s.skipped + s.overtakes*(batchBytes+pieceBytes); b.Stats(l.fx.digest).FetchedBytes > most {
 			t.Errorf("%d bytes were fetched of a blob of %d: %+v", b.Stats(l.fx.digest).FetchedBytes, len(l.fx.blob), s)
 		}
-		if l.r.mostOpen > 16 {
-			t.Errorf("%d connections", l.r.mostOpen)
+		if most := 8 + mostHotConnections + 4; l.r.mostOpen > most { // of misses, the hot set and the background
+			t.Errorf("%d connections, more than %d", l.r.mostOpen, most)
 		}
 	}
 }

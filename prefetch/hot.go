@@ -167,6 +167,10 @@ func (f *Filler) launchRun(r hotRun, now time.Time) (rest int) {
 			m++
 			continue
 		}
+		if l.promises(m) { // wanted again where that is not kept
+			m++
+			continue
+		}
 		if !k.takesHot() || now.Before(l.pausedUntil) {
 			return m
 		}

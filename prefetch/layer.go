@@ -49,6 +49,9 @@ type layer struct {
 	persistAfter time.Time // not before, after a failure
 	completed    bool
 
+	promised map[int]promise // chunks that a Stream brings; nil: none
+	putting  int             // Puts of Streams that are under way
+
 	users   int // of Content or of its functions, beside flights
 	removed bool
 	idle    *sync.Cond // on Filler.mu; set by newLayer's caller
@@ -217,8 +220,8 @@ func (l *layer) owner(m int) *flight {
 	return nil
 }
 
-// free reports whether m is missing and nobody brings it. Filler.mu is held.
-func (l *layer) free(m int) bool { return !l.present(m) && l.owner(m) == nil }
+// free reports whether m is missing and nobody brings some of it. Filler.mu is held.
+func (l *layer) free(m int) bool { return !l.present(m) && l.owner(m) == nil && !l.promises(m) }
 
 // run is how far from first, which is free, one flight may go: over free members until the blob's bytes
 // from first on reach maxBytes, and over present ones and what belongs to none as long as that is at most bridgeBytes
@@ -234,7 +237,7 @@ func (l *layer) run(first, limit int, maxBytes, bridgeBytes int64, stop func(m i
 		if l.present(m) {
 			continue
 		}
-		if l.owner(m) != nil || stop != nil && stop(m) {
+		if l.owner(m) != nil || l.promises(m) || stop != nil && stop(m) {
 			break
 		}
 		reached, end = after, m+1

@@ -95,8 +95,8 @@ func (f *Filler) persist(l *layer, last bool) (completed bool) {
 		l.persistAfter = time.Now().Add(persistTime)
 		return false
 	}
-	// All Puts are made by flights, so that with none there is nothing between Put and pending.
-	if l.completed || len(l.flights) > 0 || len(l.pending) > 0 || l.Content.Left() > 0 {
+	// All Puts are made by flights and streams, so that with none there is nothing between Put and pending.
+	if l.completed || len(l.flights) > 0 || l.putting > 0 || len(l.pending) > 0 || l.Content.Left() > 0 {
 		return false
 	}
 	l.completed = true

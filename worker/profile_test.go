@@ -34,6 +34,9 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
+// bundleBytes is more than any bundle here has.
+const bundleBytes = 16 << 20
+
 // profileBed is a bed with a ledger, and a publisher that publishes at once.
 type profileBed struct {
 	*bed
@@ -55,7 +58,9 @@ func newProfileBed(t *testing.T, opts ...bedOption) *profileBed {
 
 // publishing runs a publisher until the test's end.
 func (p *profileBed) publishing() {
-	publisher, err := worker.NewPublisher(worker.PublisherOptions{Profiles: p.profiles, Registry: p.client, Tracker: p.tracker, Log: p.options.Log})
+	publisher, err := worker.NewPublisher(worker.PublisherOptions{
+		Profiles: p.profiles, Registry: p.client, Tracker: p.tracker, Keys: p.keys, BundleBytes: bundleBytes, Log: p.options.Log,
+	})
 	must(p.t, err)
 	ctx, cancel := context.WithCancel(p.ctx)
 	done := make(chan error, 1)

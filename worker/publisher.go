@@ -15,6 +15,7 @@ import (
 	"accel/profile/ledger"
 	"accel/readiness"
 	"accel/registry"
+	"accel/trust"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/opencontainers/go-digest"
@@ -23,8 +24,9 @@ import (
 )
 
 const (
-	// publishLimit bounds one publication: a few small requests for each place.
-	publishLimit = 2 * time.Minute
+	// publishLimit bounds one publication: a few small requests for each place, and the making of boot bundles, for
+	// which all that is hot is read and packed.
+	publishLimit = 10 * time.Minute
 	// publishers is how many are published at a time, publishersOfHost how many of them in one registry: a slow one
 	// does not hold the others up.
 	publishers       = 8
@@ -39,13 +41,16 @@ const (
 	maxDoomed = 64
 )
 
-// PublisherOptions are all required but Registerer.
+// PublisherOptions are all required but BundleBytes and Registerer.
 type PublisherOptions struct {
-	Profiles   *ledger.Ledger
-	Registry   *registry.Client
-	Tracker    *readiness.Tracker
-	Log        *slog.Logger
-	Registerer prometheus.Registerer // nil: not registered
+	Profiles *ledger.Ledger
+	Registry *registry.Client
+	Tracker  *readiness.Tracker
+	Keys     *trust.Keyring // that mappings are signed with
+	// BundleBytes bounds the boot bundle that goes with a profile; 0: none does. One is in memory as it is made.
+	BundleBytes int64
+	Log         *slog.Logger
+	Registerer  prometheus.Registerer // nil: not registered
 }
 
 // Publisher attaches profiles to their images in registries, so that nodes find them without
@@ -53,6 +58,8 @@ type PublisherOptions struct {
 type Publisher struct {
 	o         PublisherOptions
 	published *prometheus.CounterVec
+	bundled   *prometheus.CounterVec
+	bundling  chan struct{} // a bundle is made: one at a time, as it takes memory and a processor
 
 	mu    sync.Mutex
 	hosts map[string]*publishedHost // those that are written to, or left alone
@@ -67,12 +74,16 @@ type publishedHost struct {
 
 // NewPublisher starts nothing; see Run.
 func NewPublisher(o PublisherOptions) (*Publisher, error) {
-	p := &Publisher{o: o, hosts: map[string]*publishedHost{}, published: prometheus.NewCounterVec(prometheus.CounterOpts{
+	p := &Publisher{o: o, hosts: map[string]*publishedHost{}, bundling: make(chan struct{}, 1), published: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "accel_profile_publications_total", Help: "Profiles that were published in registries, by result (ok, removed, error; store_error: the file of profiles could not be read or written).",
+	}, []string{"result"}), bundled: prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "accel_profile_bundles_total", Help: "Boot bundles that were made for profiles, by result (ok, error).",
 	}, []string{"result"})}
 	if o.Registerer != nil {
-		if err := o.Registerer.Register(p.published); err != nil {
-			return nil, fmt.Errorf("register metrics: %w", err)
+		for _, c := range []prometheus.Collector{p.published, p.bundled} {
+			if err := o.Registerer.Register(c); err != nil {
+				return nil, fmt.Errorf("register metrics: %w", err)
+			}
 		}
 	}
 	return p, nil
@@ -191,18 +202,22 @@ func (p *Publisher) one(ctx context.Context, next ledger.Publication) {
 	limited, cancel := context.WithTimeout(ctx, publishLimit)
 	defer cancel()
 	var errs []error
+	made := bundles{}
 	for n := range next.Places {
-		host, err := p.place(limited, &next, &next.Places[n])
+		host, err := p.place(limited, &next, &next.Places[n], made)
 		if ctx.Err() != nil {
 			return
 		}
-		p.answered(host, err == nil || (limited.Err() == nil && !registry.Unreachable(err)))
+		p.answered(host, err == nil || errors.Is(err, errUnbundled) || (limited.Err() == nil && !registry.Unreachable(err)))
 		if err != nil {
 			errs = append(errs, err)
 		}
 	}
 	settle := p.o.Profiles.Published
 	switch err := errors.Join(errs...); {
+	case errors.Is(err, errUnbundled):
+		p.o.Log.Debug("an image's profile is published again later", "manifest", next.Manifest, "reason", err)
+		settle = p.o.Profiles.PublicationFailed
 	case err != nil:
 		p.published.WithLabelValues("error").Inc()
 		p.o.Log.Warn("cannot publish an image's profile; tried again later", "manifest", next.Manifest, "error", err)
@@ -232,7 +247,7 @@ func (p *Publisher) settle(ctx context.Context, next ledger.Publication, tell fu
 
 // place publishes in one place, and takes away what is there of older profiles. The new one
 // is there before the old one goes. host is the registry that was asked last.
-func (p *Publisher) place(ctx context.Context, next *ledger.Publication, at *ledger.Place) (host string, err error) {
+func (p *Publisher) place(ctx context.Context, next *ledger.Publication, at *ledger.Place, made bundles) (host string, err error) {
 	if next.Profile != nil {
 		subject, err := p.o.Registry.Head(ctx, at.Repository, next.Manifest.String())
 		if errors.Is(err, accel.ErrNotFound) || errors.Is(err, accel.ErrRegistryNotAllowed) {
@@ -242,25 +257,27 @@ func (p *Publisher) place(ctx context.Context, next *ledger.Publication, at *led
 		if err != nil {
 			return hostOf(at.Repository), fmt.Errorf("look at %s@%s: %w", at.Repository, next.Manifest, err)
 		}
-		d, err := p.attach(ctx, at.Target, v1.Descriptor{MediaType: subject.MediaType, Digest: subject.Digest, Size: subject.Size}, *next.Profile)
+		form, early := p.form(ctx, at, *next.Profile, made)
+		if early != nil && !errors.Is(early, errUnbundled) {
+			return hostOf(at.Repository), early
+		}
+		d, err := p.attach(ctx, at.Target, v1.Descriptor{MediaType: subject.MediaType, Digest: subject.Digest, Size: subject.Size}, form)
 		if err != nil {
 			return hostOf(at.Target), fmt.Errorf("attach the profile of %s in %s: %w", next.Manifest, at.Target, err)
 		}
 		if at.Artifact != "" && at.Artifact != d {
 			at.Stale = append(slices.Clone(at.Stale), at.Artifact)
 		}
-		at.Artifact = d
+		if at.Artifact = d; early != nil {
+			return hostOf(at.Target), errors.Join(early, p.clear(ctx, next.Manifest, at))
+		}
 	} else if at.Artifact != "" {
 		at.Stale, at.Artifact = append(slices.Clone(at.Stale), at.Artifact), ""
 	}
 	return hostOf(at.Target), p.clear(ctx, next.Manifest, at)
 }
 
-func (p *Publisher) attach(ctx context.Context, repository string, subject v1.Descriptor, what accel.Profile) (digest.Digest, error) {
-	form, err := artifact.FormOf(what)
-	if err != nil {
-		return "", err
-	}
+func (p *Publisher) attach(ctx context.Context, repository string, subject v1.Descriptor, form artifact.Form) (digest.Digest, error) {
 	_, desc, err := registry.BuildAttachment(subject, accel.MediaTypeProfile, form.Annotations, form.Blobs...)
 	if err != nil {
 		return "", err

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"accel"
 	"accel/convert"
@@ -135,7 +136,7 @@ func (b *bed) publish(ctx context.Context, s startable, variants []variant) erro
 	if err := b.push(ctx, src, b.reference(s.name, plainForm)); err != nil {
 		return err
 	}
-	if needed[accelForm] || needed[predictedForm] || needed[recordedForm] {
+	if needed[accelForm] || needed[predictedForm] || needed[recordedForm] || needed[rangesForm] {
 		fmt.Fprintf(os.Stderr, "%s: converting by accel\n", s.name)
 		if err := b.accelerate(ctx, src, s, needed); err != nil {
 			return err
@@ -184,12 +185,15 @@ func (b *bed) accelerate(ctx context.Context, src v1.Image, s startable, needed 
 		return err
 	}
 	manifest := res.Mappings[0].SourceManifest
+	recorded := sync.OnceValues(func() (accel.Profile, error) { return b.recordedProfile(ctx, s, manifest) })
 	for _, with := range []struct {
-		form form
-		make func() (accel.Profile, error)
+		form    form
+		bundled bool
+		make    func() (accel.Profile, error)
 	}{
-		{predictedForm, func() (accel.Profile, error) { return predictedProfile(ctx, manifest, res.Image) }},
-		{recordedForm, func() (accel.Profile, error) { return b.recordedProfile(ctx, s, manifest) }},
+		{predictedForm, true, func() (accel.Profile, error) { return predictedProfile(ctx, manifest, res.Image) }},
+		{recordedForm, true, recorded},
+		{rangesForm, false, recorded},
 	} {
 		f := with.form
 		if !needed[f] {
@@ -206,7 +210,7 @@ func (b *bed) accelerate(ctx context.Context, src v1.Image, s startable, needed 
 		if err := b.pushConverted(ctx, res, s.name, f); err != nil {
 			return err
 		}
-		if err := b.attachProfile(ctx, b.repository(s.name, f), p); err != nil {
+		if err := b.attachProfile(ctx, b.repository(s.name, f), p, res.Mappings[0].Layers, with.bundled); err != nil {
 			return err
 		}
 	}

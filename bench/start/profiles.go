@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"accel"
+	"accel/bundle"
 	"accel/node"
 	"accel/profile"
 	"accel/profile/artifact"
@@ -27,14 +28,38 @@ const (
 	recordingPoll     = 100 * time.Millisecond
 	// filesAtHand are kept whole while a prediction reads in them.
 	filesAtHand = 16
+	// maxBundleBytes is the service's default of profiles.bundle; maxBundleContentBytes are more than it unpacks to.
+	maxBundleBytes, maxBundleContentBytes = 128 << 20, 1 << 30
 )
 
 // attachProfile publishes a profile beside an image, where nodes look for it. Package worker
 // does the same with what its ledger says.
-func (b *bed) attachProfile(ctx context.Context, repository string, p accel.Profile) error {
+func (b *bed) attachProfile(ctx context.Context, repository string, p accel.Profile, layers []accel.LayerMapping, bundled bool) error {
 	made, err := artifact.FormOf(p)
 	if err != nil {
 		return err
+	}
+	if bundled {
+		source, err := b.client.Source(repository, "")
+		if err != nil {
+			return err
+		}
+		boot, err := bundle.Make(ctx, layers, p.Items, func(ctx context.Context, layer int, offset, bytes int64) ([]byte, error) {
+			l := layers[layer]
+			r, err := source.Range(ctx, l.Target, l.TargetBytes, offset, bytes)
+			if err != nil {
+				return nil, err
+			}
+			content, err := io.ReadAll(r)
+			return content, errors.Join(err, r.Close())
+		}, bundle.Bounds{ContentBytes: maxBundleContentBytes, SizeBytes: maxBundleBytes})
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(os.Stderr, "%s: a boot bundle of %.1f MB\n", repository, float64(boot.SizeBytes)/megabyte)
+		if made, err = made.WithBundle(boot); err != nil {
+			return err
+		}
 	}
 	subject, err := b.client.Head(ctx, repository, p.Manifest.String())
 	if err != nil {

@@ -11,10 +11,13 @@ const (
 	// the image lies accel's conversion with its signed mapping, and a profile.
 	accelForm     form = "mapping"
 	predictedForm form = "mapping+predicted" // the profile that comes of the files alone
-	recordedForm  form = "mapping+recorded"  // the profile of one start that a node has recorded
+	recordedForm  form = "mapping+recorded"  // the profile of one start that a node has recorded, and its boot bundle
+	rangesForm    form = "mapping+ranges"    // that without the bundle
 )
 
-func (f form) ofAccel() bool { return f == accelForm || f == predictedForm || f == recordedForm }
+func (f form) ofAccel() bool {
+	return f == accelForm || f == predictedForm || f == recordedForm || f == rangesForm
+}
 
 // A system gives containerd its snapshots.
 type system string
@@ -60,6 +63,7 @@ var variants = []variant{
 	{name: "accel", note: "plain name, no profile", system: accelNode, form: accelForm},
 	{name: "accel-predicted", note: "plain name, profile predicted from the image's files", system: accelNode, form: predictedForm},
 	{name: "accel-profile", note: "plain name, profile of one recorded start", system: accelNode, form: recordedForm},
+	{name: "accel-ranges", note: "the same without a boot bundle", system: accelNode, form: rangesForm},
 	{name: "overlayfs-all", note: "full pull, then reads every file", system: overlayfs, form: plainForm, all: true},
 	{name: "stargz-all", note: "reads every file; settings as for stargz", system: stargzTuned, form: stockForm, all: true},
 	{name: "accel-all", note: "reads every file", system: accelNode, form: accelForm, all: true},

@@ -144,6 +144,7 @@ type billingConfig struct {
 type profilesConfig struct {
 	Predict   bool `yaml:"predict" doc:"whether what a start of an image reads is predicted from its files when it is converted"`
 	Publish   bool `yaml:"publish" doc:"whether profiles are attached to their images in the registry too, where nodes find them without this service"`
+	Bundle    size `yaml:"bundle" doc:"most bytes of the boot bundle that is published with a profile: what a start reads, in one blob; 0: none is"`
 	MaxImages int  `yaml:"max_images" doc:"most platforms of images whose profiles are kept; those that were used the longest time ago make room"`
 	MaxSize   size `yaml:"max_size" doc:"most bytes that are kept of all of them: some 40 kB for an image, and 100 kB more when starts were recorded"`
 }
@@ -162,7 +163,7 @@ func defaultConfig() config {
 		Fleet:         fleetConfig{2 * time.Minute, 24 * time.Hour, 24 * time.Hour, 7 * 24 * time.Hour, 15 * time.Minute, 10_000, 200_000, 500},
 		Pulls:         pullsConfig{30 * 24 * time.Hour, 7 * 24 * time.Hour, 400 * 24 * time.Hour, 2_000_000, 100_000},
 		Billing:       billingConfig{Free: []string{string(accel.OutcomeHit)}},
-		Profiles:      profilesConfig{Predict: true, Publish: true, MaxImages: 100_000, MaxSize: 2 << 30},
+		Profiles:      profilesConfig{Predict: true, Publish: true, Bundle: 128 << 20, MaxImages: 100_000, MaxSize: 2 << 30},
 	}
 }
 
@@ -210,6 +211,7 @@ func (c *config) finish() error {
 	check(c.Pulls.KeepSums >= c.Pulls.Keep, "pulls.keep_sums %s is shorter than pulls.keep %s", c.Pulls.KeepSums, c.Pulls.Keep)
 	check(c.Pulls.MaxKept >= 1, "pulls.max_kept %d: want at least 1", c.Pulls.MaxKept)
 	check(c.Pulls.MaxDailySums >= 1, "pulls.max_daily_sums %d: want at least 1", c.Pulls.MaxDailySums)
+	check(c.Profiles.Bundle >= 0 && c.Profiles.Bundle <= 1<<30, "profiles.bundle %d: want 0 to 1GiB", c.Profiles.Bundle)
 	check(c.Profiles.MaxImages >= 1, "profiles.max_images %d: want at least 1", c.Profiles.MaxImages)
 	check(c.Profiles.MaxSize >= 1<<20, "profiles.max_size %d: want at least 1MiB", c.Profiles.MaxSize)
 	if err := c.billing().Validate(); err != nil {

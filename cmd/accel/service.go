@@ -117,7 +117,9 @@ func (s *service) wire(hosts []registry.Host, sources []*webhook.Source) error {
 	if s.profiles, err = ledger.Open(filepath.Join(conf.Data, "profiles.db"), conf.profilesOptions(metrics, s.log)); err != nil {
 		return err
 	}
-	if s.publisher, err = worker.NewPublisher(worker.PublisherOptions{Profiles: s.profiles, Registry: s.client, Tracker: s.tracker, Log: s.log, Registerer: metrics}); err != nil {
+	if s.publisher, err = worker.NewPublisher(worker.PublisherOptions{
+		Profiles: s.profiles, Registry: s.client, Tracker: s.tracker, Keys: s.keys, BundleBytes: int64(conf.Profiles.Bundle), Log: s.log, Registerer: metrics,
+	}); err != nil {
 		return err
 	}
 	s.worker, err = worker.New(worker.Options{

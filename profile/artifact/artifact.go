@@ -137,7 +137,7 @@ func read(ctx context.Context, source *registry.Source, d v1.Descriptor) (accel.
 		if packed, err = base64.StdEncoding.DecodeString(inline); err != nil {
 			return accel.Profile{}, fmt.Errorf("%w: %w", accel.ErrInvalid, err)
 		}
-	case len(layers) == 1 && layers[0].MediaType == types.MediaType(blobType) && layers[0].Size > 0 && layers[0].Size <= maxPackedBytes:
+	case len(layers) > 0 && layers[0].MediaType == types.MediaType(blobType) && layers[0].Size > 0 && layers[0].Size <= maxPackedBytes:
 		if packed, err = blob(ctx, source, digest.Digest(layers[0].Digest.String()), layers[0].Size); err != nil {
 			return accel.Profile{}, err
 		}
