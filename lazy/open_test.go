@@ -88,10 +88,14 @@ func newOpener(t *testing.T) *opener {
 	return b
 }
 
-// opens is openLayer for who needs no layout.
-func (b *opener) opens(ctx context.Context, d digest.Digest, said *origin) error {
-	_, err := b.openLayer(ctx, d, said, nil)
+func (b *opener) openIt(t *testing.T, said *origin) error {
+	_, err := b.openLayer(t.Context(), b.layer, said, nil)
 	return err
+}
+
+func (b *opener) createIt(t *testing.T) (*cache.Layer, error) {
+	stored, _, err := b.create(t.Context(), b.layer, &b.origin, nil)
+	return stored, err
 }
 
 func (b *opener) opened() *openLayer {
@@ -103,15 +107,15 @@ func (b *opener) opened() *openLayer {
 // A layer that the store dropped while it was open is made anew, and not taken as good for ever.
 func TestLayerThatTheStoreDropped(t *testing.T) {
 	b := newOpener(t)
-	must(t, b.opens(t.Context(), b.layer, &b.origin))
+	must(t, b.openIt(t, &b.origin))
 	must(t, b.filler.Fill(t.Context(), b.layer, 0, 1))
 	before := b.opened()
-	must(t, b.opens(t.Context(), b.layer, nil))
+	must(t, b.openIt(t, nil))
 	if b.opened() != before {
 		t.Error("opened anew without need")
 	}
 	b.until(t, "nothing is written", func() bool { return b.store.Remove(b.layer) == nil })
-	must(t, b.opens(t.Context(), b.layer, nil))
+	must(t, b.openIt(t, nil))
 	after := b.opened()
 	if after == before || after.Has(0) {
 		t.Errorf("the same as before: %v; its chunk counts as there: %v", after == before, after.Has(0))
@@ -137,27 +141,27 @@ func (b *opener) until(t *testing.T, what string, isSo func() bool) {
 // A layer that gets no filler is not open, or reads of it would fail for ever.
 func TestLayerWithoutAFiller(t *testing.T) {
 	b := newOpener(t)
-	must(t, b.opens(t.Context(), b.layer, &b.origin))
+	must(t, b.openIt(t, &b.origin))
 	content := b.opened().Layer
 	must(t, b.host.Remove(t.Context(), b.layer, nil)) // and the filler has it still
 	b.mu.Lock()
 	delete(b.open, b.layer)
 	b.mu.Unlock()
-	if _, err := b.openLayer(t.Context(), b.layer, nil, nil); !errors.Is(err, accel.ErrConflict) {
+	if err := b.openIt(t, nil); !errors.Is(err, accel.ErrConflict) {
 		t.Errorf("given to the filler twice: %v", err)
 	}
 	if _, known := b.host.Layer(b.layer); known || b.opened() != nil || content.Len() != 0 {
 		t.Error("it is open without a filler")
 	}
 	b.filler.Remove(b.layer)
-	must(t, b.opens(t.Context(), b.layer, nil))
+	must(t, b.openIt(t, nil))
 	must(t, b.filler.Fill(t.Context(), b.layer, 0, 1))
 }
 
 // A layer that cannot be filled is declined, so that containerd pulls its image.
 func TestLayerBeyondTheFillersBounds(t *testing.T) {
 	b := newOpener(t)
-	stored, _, err := b.create(t.Context(), b.layer, &b.origin, nil)
+	stored, err := b.createIt(t)
 	must(t, err)
 	table, err := os.OpenFile(stored.Files().Table, os.O_RDWR, 0)
 	must(t, err)
@@ -172,7 +176,7 @@ func TestLayerBeyondTheFillersBounds(t *testing.T) {
 	_, err = table.WriteAt(raw, 0)
 	must(t, errors.Join(err, table.Close()))
 	var no *Declined
-	if _, err := b.openLayer(t.Context(), b.layer, &b.origin, nil); !errors.As(err, &no) {
+	if err := b.openIt(t, &b.origin); !errors.As(err, &no) {
 		t.Errorf("%v, want it declined", err)
 	}
 	if b.opened() != nil {
@@ -183,7 +187,7 @@ func TestLayerBeyondTheFillersBounds(t *testing.T) {
 // What cannot be closed, because somebody may read it, is filled as before.
 func TestLayerThatIsStillRead(t *testing.T) {
 	b := newOpener(t)
-	must(t, b.opens(t.Context(), b.layer, &b.origin))
+	must(t, b.openIt(t, &b.origin))
 	// A holder that does not answer.
 	dir := filepath.Join(b.runDir, "v@1-1")
 	must(t, os.Mkdir(dir, 0o700))
@@ -208,7 +212,7 @@ func TestLayerThatIsStillRead(t *testing.T) {
 // A table that is cut short while it is read is damage of that layer, not the end of the process.
 func TestVerifyADamagedTable(t *testing.T) {
 	b := newOpener(t)
-	stored, _, err := b.create(t.Context(), b.layer, &b.origin, nil)
+	stored, err := b.createIt(t)
 	must(t, err)
 	f := stored.Files()
 	_, err = VerifyLayer(t.Context(), b.layer, f, func(int) bool {
