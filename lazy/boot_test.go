@@ -83,7 +83,7 @@ func newBootBed(t *testing.T) *bootBed {
 		var files bytes.Buffer
 		tw := tar.NewWriter(&files)
 		for k := range 30 {
-			content := make([]byte, 20_000+r.IntN(400_000))
+			content := make([]byte, 20_000+r.IntN(150_000))
 			for i := range content {
 				content[i] = "0123456789abcdef"[r.IntN(16)]
 			}
