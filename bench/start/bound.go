@@ -17,8 +17,8 @@ import (
 
 // neededRoundTrips are those that no start can spare which begins with a tag, and knows
 // nothing of the image: connect; the manifest; what refers to it, with the config beside it; the
-// tables of contents; the first content.
-const neededRoundTrips = 5
+// tables of contents with the first content.
+const neededRoundTrips = 4
 
 // hotSet is what a start was recorded to read, and how fast one core inflates and hashes it.
 type hotSet struct {

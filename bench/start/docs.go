@@ -44,7 +44,7 @@ the same is made again from the file of single runs, without running anything, b
 
 **What is measured**: the time from the begin of the pull until the program in the container is ready: its server answers, or, where it
 is one that ends, it has ended. Every cold run has a containerd with an empty root, a snapshotter that was just started with an empty root, and
-a page cache that was dropped. The registry is at the far end of a shaped link: one rate for all connections together, half of the round trip
+a page cache that was dropped. The registry, which keeps its content in memory as another machine would, is at the far end of a shaped link: one rate for all connections together, half of the round trip
 each way, a whole one to connect, no losses and no slow start. All variants are run one after the other, round after round.
 
 **Where**: %d cores (%s), %.0f GB of memory, kernel %s, from %s to %s. Load average before %.1f, after %.1f: registry, link and all daemons
@@ -69,7 +69,7 @@ Images are built from Debian 12 packages on one base. "Recorded" and "optimised"
 recording of opened files on overlayfs for the stock optimiser, which puts whole files in front. There is no service in these runs: the node
 finds mapping and profile in the registry. The **lower bound** is `+"`3 RTT + max(hot bytes compressed / bandwidth, hot bytes / (cores x rate of inflating and hashing)) + warm start`"+`,
 where the hot bytes are what a start has read at page granularity. The **counted bound** adds up %d round trips, the link's time, and all the work
-that there is (inflating, hashing, a warm start's CPU) spread over all cores.
+that there is (inflating, hashing, a warm start's CPU) spread over all cores. Both reckon with the gzip of the optimised image.
 `, neededRoundTrips)
 }
 
