@@ -165,7 +165,14 @@ func (b *boot) end(opened bool) {
 
 // Range implements prefetch.Source.
 func (b *boot) Range(ctx context.Context, offset, length int64) (io.ReadCloser, error) {
-	return b.source.Range(ctx, b.d.Digest, b.d.SizeBytes, offset, length)
+	r, err := b.source.Range(ctx, b.d.Digest, b.d.SizeBytes, offset, length)
+	if err != nil {
+		return nil, err
+	}
+	if r.Unranged && length < b.d.SizeBytes {
+		return nil, errors.Join(fmt.Errorf("%w: %s", prefetch.ErrUnranged, b.source.Host()), r.Close())
+	}
+	return r, nil
 }
 
 // run reads the bundle to its end.

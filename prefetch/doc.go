@@ -27,6 +27,7 @@
 //	decode.go      batches -> chunks, put and told to who waits
 //	persist.go     what was put -> synced -> marked in the durable index, in batches
 //	stream.go      one blob that has chunks of all layers -> chunks, put and told to who waits
+//	wide.go        a blob that comes slowly -> several requests, read in order
 //	twin.go        a chunk that another layer has is copied, and not fetched
 //
 // link.go measures each host: windows, patience and shares follow from its latency and rate.

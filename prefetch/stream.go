@@ -12,13 +12,19 @@ import (
 // Stream is one request for a blob that brings chunks of several layers, such as a boot bundle: in order of first use, and
 // packed in another way than the layers have them. The caller reads it, and puts what is in it. Meanwhile
 // it counts as a flight of the hot set: who misses what it has promised waits for that, where a request of
-// its own would not be earlier, and nobody else fetches it. Read, Promise and Close are called by one goroutine.
+// its own would not be earlier, and nobody else fetches it. Read and Close are called by one goroutine.
 type Stream struct {
 	f      *Filler
 	fl     *flight // stands for it where flights are timed, counted and slowed down; it is no layer's
 	res    *response
 	body   io.ReadCloser
 	cancel context.CancelCauseFunc
+	size   int64
+
+	// The reader's: bytes that were read, where the first request ends, and how fast it goes.
+	position, end int64
+	pace          pace
+	wide          wide
 
 	// Guarded by Filler.mu:
 	layers []*layer // that it has promised something of
@@ -55,7 +61,7 @@ func (f *Filler) Stream(ctx context.Context, host string, source Source, bytes i
 	k.hotBytes += bytes
 	patience := k.patience(f.o.StallPatience)
 	f.mu.Unlock()
-	s := &Stream{f: f, fl: fl, res: newResponse(ctx, f, fl, patience, cancel), cancel: cancel}
+	s := &Stream{f: f, fl: fl, res: newResponse(ctx, f, fl, patience, cancel), cancel: cancel, size: bytes, end: bytes, wide: wide{most: 1}}
 	body, err := s.res.open(0, bytes)
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
@@ -69,10 +75,27 @@ func (f *Filler) Stream(ctx context.Context, host string, source Source, bytes i
 }
 
 // Read implements io.Reader. It waits where others go first.
-func (s *Stream) Read(p []byte) (int, error) {
-	n, err := s.res.read(p, false)
-	if cause := context.Cause(s.res.ctx); err != nil && cause != nil {
-		err = cause
+func (s *Stream) Read(p []byte) (n int, err error) {
+	if s.position < s.end {
+		n, err = s.res.read(p[:min(int64(len(p)), s.end-s.position)], false)
+		if s.position+int64(n) == s.end && err != nil {
+			err = nil // the pieces tell, or the next Read
+		}
+		if cause := context.Cause(s.res.ctx); err != nil && cause != nil {
+			err = cause
+		}
+	} else if n, err = s.readPieces(p); n > 0 {
+		s.f.mu.Lock()
+		s.fl.position += int64(n)
+		s.fl.received += int64(n)
+		s.f.mu.Unlock()
+	}
+	if s.position += int64(n); n > 0 {
+		s.consider(n, time.Now())
+	}
+	if s.position == s.end && s.body != nil { // its connection is of use to others
+		s.body.Close() //nolint:errcheck // read, or given up
+		s.body = nil
 	}
 	return n, err
 }
@@ -179,6 +202,7 @@ func (s *Stream) Close() {
 		return
 	}
 	s.cancel(nil)
+	s.wide.requests.Wait()
 	s.res.end()
 	if s.body != nil {
 		s.body.Close() //nolint:errcheck // read, or given up

@@ -2,9 +2,11 @@ package prefetch
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"io"
+	"slices"
 	"testing"
 	"time"
 )
@@ -275,5 +277,67 @@ func TestStreamWithoutRoom(t *testing.T) {
 	defer b.mu.Unlock()
 	if n := len(b.layers[one.digest].promised); n > 0 {
 		t.Errorf("%d chunks are promised", n)
+	}
+}
+
+// TestStreamIsWidened: what one connection brings slowly comes over several, in order, each byte once.
+func TestStreamIsWidened(t *testing.T) {
+	b := start(t, noBackground)
+	one := build(t, random(29), shape{members: 400, most: 100_000})
+	m, r, _ := b.add(one, nil)
+	all := &bundled{}
+	all.add(one, chunksUpTo(len(one.chunks))...)
+	slow := &registry{blob: all.blob, latency: 5 * time.Millisecond, single: 30 * time.Millisecond}
+	s := all.open(t, b.Filler, slow)
+	if err := all.deliver(s, 0, len(all.parts)); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := s.Read(make([]byte, 1)); n > 0 || err == nil {
+		t.Error("it goes on behind its end")
+	}
+	s.Close()
+	for i := range one.chunks {
+		m.check(t, i)
+	}
+	if len(r.asked()) > 0 {
+		t.Error("the layer was asked for something")
+	}
+	ranges := slow.asked()
+	if slow.mostOpen < 3 || len(ranges) < 3 {
+		t.Errorf("%d requests, %d at a time", len(ranges), slow.mostOpen)
+	}
+	slices.SortFunc(ranges, func(a, b [2]int64) int { return cmp.Compare(a[0], b[0]) })
+	at := ranges[1][0] // where the first one ended
+	for _, r := range ranges[1:] {
+		if r[0] != at {
+			t.Errorf("bytes from %d were asked for, want %d", r[0], at)
+		}
+		at += r[1]
+	}
+	if at != int64(len(all.blob)) {
+		t.Errorf("%d bytes were asked for of %d", at, len(all.blob))
+	}
+}
+
+// TestWideStreamFails: a piece that does not come ends the stream, and no request outlives it.
+func TestWideStreamFails(t *testing.T) {
+	b := start(t, noBackground)
+	one := build(t, random(30), shape{members: 400, most: 100_000})
+	b.add(one, nil)
+	all := &bundled{}
+	all.add(one, chunksUpTo(len(one.chunks))...)
+	refused := errors.New("no")
+	slow := &registry{blob: all.blob, single: 30 * time.Millisecond, fault: func(k int, _ context.Context, _ int64, _ []byte) (io.Reader, error, bool) {
+		return nil, refused, k == 3
+	}}
+	s := all.open(t, b.Filler, slow)
+	if err := all.deliver(s, 0, len(all.parts)); !errors.Is(err, refused) {
+		t.Errorf("a piece that is refused: %v", err)
+	}
+	s.Close()
+	slow.mu.Lock()
+	defer slow.mu.Unlock()
+	if slow.open > 0 {
+		t.Errorf("%d requests are open", slow.open)
 	}
 }
