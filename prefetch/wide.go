@@ -12,12 +12,13 @@ import (
 // in pieces, over more connections, as long as these bring more; the reader gets them in their order.
 const (
 	// widenTime: how often it is looked whether more connections bring more, and so what a stream takes at least before
-	// it has a second one.
-	widenTime = time.Second
+	// it has a second one. New ones are given widenTrips, in latencies, to come up to their speed.
+	widenTime  = 500 * time.Millisecond
+	widenTrips = 4
 	// widenLeft: a stream that has less to go, at its rate, stays as it is.
-	widenLeft = 2 * time.Second
+	widenLeft = time.Second
 	// widenGain is what twice the connections must have brought for there to be twice as many again.
-	widenGain          = 1.25
+	widenGain          = 1.2
 	mostStreamRequests = 8
 	// A piece is what a connection brings in pieceOfTime, within these bounds: several round trips, lest they are mostly waited for,
 	// and not so much that what is read next comes long after what is read later.
@@ -50,10 +51,9 @@ type piece struct {
 
 // pace is what a Stream's reader knows of its rate. It alone uses it.
 type pace struct {
-	since   time.Time // of the current stretch; zero: nothing has come
-	bytes   int64     // since then
-	before  float64   // bytes a second before the last widening; 0: there was none
-	settled bool      // more connections bring no more
+	since  time.Time // of the current stretch, which may be to come; zero: nothing has come
+	bytes  int64     // since then
+	before float64   // bytes a second before the last widening; 0: there was none
 }
 
 // consider looks, after n more bytes, whether the rest should come over more connections.
@@ -61,38 +61,36 @@ func (s *Stream) consider(n int, now time.Time) {
 	p := &s.pace
 	if p.since.IsZero() {
 		p.since = now
+	}
+	took := now.Sub(p.since)
+	if took <= 0 {
 		return
 	}
 	p.bytes += int64(n)
-	took := now.Sub(p.since)
-	if took < widenTime || p.settled {
+	if took < widenTime {
 		return
 	}
 	rate := float64(p.bytes) / took.Seconds()
 	p.since, p.bytes = now, 0
-	left := s.size - s.position
-	switch {
-	case seconds(float64(left)/rate) < widenLeft:
-		return
-	case p.before > 0 && rate < widenGain*p.before:
-		p.settled = true
+	if seconds(float64(s.size-s.position)/rate) < widenLeft || rate < widenGain*p.before {
 		return
 	}
-	p.before = rate
-	s.widen(rate)
-}
-
-// widen doubles the requests. What one request brings now is left to it for as long as another takes to be answered.
-func (s *Stream) widen(rate float64) {
 	s.f.mu.Lock()
 	latency, _ := s.fl.l.link.estimate()
 	s.f.mu.Unlock()
+	if s.widen(rate, latency) {
+		p.before, p.since = rate, now.Add(widenTrips*latency)
+	}
+}
+
+// widen doubles the requests, and reports whether it could. What one request brings now is left to it for as long as another takes
+// to be answered.
+func (s *Stream) widen(rate float64, latency time.Duration) bool {
 	w := &s.wide
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.most >= mostStreamRequests {
-		s.pace.settled = true
-		return
+		return false
 	}
 	if w.most == 1 {
 		s.end = min(s.position+int64(rate*2*latency.Seconds())+leastStreamPiece, s.size)
@@ -101,6 +99,7 @@ func (s *Stream) widen(rate float64) {
 	w.bytes = min(max(int64(rate/float64(w.most)*pieceOfTime.Seconds()), leastStreamPiece), mostStreamPiece)
 	w.most = min(2*w.most, mostStreamRequests)
 	s.ask()
+	return true
 }
 
 // ask begins as many requests as there may be. wide.mu is held.
