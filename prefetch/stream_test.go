@@ -287,6 +287,9 @@ func TestStreamIsWidened(t *testing.T) {
 	m, r, _ := b.add(one, nil)
 	all := &bundled{}
 	all.add(one, chunksUpTo(len(one.chunks))...)
+	b.mu.Lock()
+	b.linkOf("registry.example").capacity = 50e6
+	b.mu.Unlock()
 	slow := &registry{blob: all.blob, latency: 5 * time.Millisecond, single: 30 * time.Millisecond}
 	s := all.open(t, b.Filler, slow)
 	if err := all.deliver(s, 0, len(all.parts)); err != nil {
@@ -327,6 +330,9 @@ func TestWideStreamFails(t *testing.T) {
 	all := &bundled{}
 	all.add(one, chunksUpTo(len(one.chunks))...)
 	refused := errors.New("no")
+	b.mu.Lock()
+	b.linkOf("registry.example").capacity = 50e6
+	b.mu.Unlock()
 	slow := &registry{blob: all.blob, single: 30 * time.Millisecond, fault: func(k int, _ context.Context, _ int64, _ []byte) (io.Reader, error, bool) {
 		return nil, refused, k == 3
 	}}

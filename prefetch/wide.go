@@ -7,14 +7,16 @@ import (
 	"time"
 )
 
-// A Stream begins as one request: what comes first is needed first. But one connection may be far slower than the link, as
-// where packets are lost on a long way, or where a store slows each down. So a stream that has long to go is asked for
-// in pieces, over more connections, as long as these bring more; the reader gets them in their order.
+// A Stream is one request: what comes first is needed first, and one connection that fills the link loses nothing to others. But
+// where packets are lost on a long way it falls far behind what the link has shown that it can do. Then the rest is asked for in pieces,
+// over more connections, as long as these bring more; the reader gets them in their order.
 const (
 	// widenTime: how often it is looked whether more connections bring more, and so what a stream takes at least before
 	// it has a second one. New ones are given widenTrips, in latencies, to come up to their speed.
 	widenTime  = 500 * time.Millisecond
 	widenTrips = 4
+	// widenShare of the link's best rate is what one connection should bring.
+	widenShare = 0.5
 	// widenLeft: a stream that has less to go, at its rate, stays as it is.
 	widenLeft = time.Second
 	// widenGain is what twice the connections must have brought for there to be twice as many again.
@@ -77,8 +79,9 @@ func (s *Stream) consider(n int, now time.Time) {
 	}
 	s.f.mu.Lock()
 	latency, _ := s.fl.l.link.estimate()
+	enough := p.before == 0 && rate > widenShare*s.fl.l.link.capacity
 	s.f.mu.Unlock()
-	if s.widen(rate, latency) {
+	if !enough && s.widen(rate, latency) {
 		p.before, p.since = rate, now.Add(widenTrips*latency)
 	}
 }
