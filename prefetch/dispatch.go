@@ -43,7 +43,7 @@ func (f *Filler) launch(now time.Time) time.Duration {
 		}
 	}
 	for _, l := range f.list {
-		if l.link.active(now) {
+		if l.link.active(now) || l.link.serves(now) {
 			wait = min(wait, activeTime) // more connections then
 		}
 	}
@@ -67,7 +67,7 @@ func (f *Filler) launchBackground(now time.Time) bool {
 		if l.link.active(now) {
 			connections = min(connections, activeConnections)
 		}
-		if l.link.flying[background] >= connections || now.Before(l.pausedUntil) || l.Content.Left() == 0 || l.Held || l.link.hot.waits(now) {
+		if l.link.flying[background] >= connections || now.Before(l.pausedUntil) || l.Content.Left() == 0 || l.Held || l.link.hot.waits(now) || l.link.serves(now) {
 			continue
 		}
 		if l.unranged && len(l.flights) > 0 {

@@ -15,6 +15,8 @@
 // that a small miss does not queue behind 16 MiB. While it waits for its first byte the link is free, and the hot set uses
 // all of it. The background holds back longer, with one connection: for half a second after each miss, while the hot set is
 // on its way, and for ten seconds after a layer was added or Hot was called, since a program is about to start (link.active).
+// And it waits altogether while the hot set comes and for five seconds after, unless something else is missed: then
+// the program has all that it reads, and wants the processors (link.serves).
 //
 // # The way of a byte
 //

@@ -77,6 +77,7 @@ func (f *Filler) start(l *layer, k kind, first, must, end int) *flight {
 	}
 	if k == demand {
 		fl.hasten()
+		l.link.foretold = false
 	}
 	l.flights = append(l.flights, fl)
 	l.link.flying[k]++
@@ -128,6 +129,7 @@ func (f *Filler) land(fl *flight, err error) {
 	}
 	f.judge(l, fl, err)
 	if fl.kind == hot {
+		l.link.arrived = time.Now()
 		l.link.hot.want(l, fl.first, fl.until)
 	}
 	for w := range l.waiters {

@@ -85,3 +85,30 @@ func TestBackgroundLeavesTheHotSetToItself(t *testing.T) {
 		t.Errorf("of %d hot bytes %d came as such: %+v", hotBytes, s.hot, s)
 	}
 }
+
+// TestBackgroundWaitsForAStartThatHasAll: when all that was foretold is here the background still waits, until something
+// else is missed.
+func TestBackgroundWaitsForAStartThatHasAll(t *testing.T) {
+	b := start(t, Options{})
+	one := build(t, random(9), shape{members: 200, most: 60_000})
+	memory, _, done := b.add(one, func(l *Layer) { l.Held = true })
+	if err := b.Hot(t.Context(), []Piece{{one.digest, 20, 10}}); err != nil {
+		t.Fatal(err)
+	}
+	b.Release(one.digest)
+	eventually(t, "the hot set", func() bool { return b.Stats(one.digest).HotLeft == 0 })
+	time.Sleep(20 * time.Millisecond) // were the background at work, it would begin something
+	if s := b.sums(); s.background > 0 {
+		t.Errorf("%+v", s)
+	}
+	b.fill(one, 25, 1) // it is there: no miss
+	time.Sleep(20 * time.Millisecond)
+	if s := b.sums(); s.background > 0 || s.misses > 0 {
+		t.Errorf("%+v", s)
+	}
+	b.fill(one, 150, 1)
+	<-done
+	if s := b.sums(); s.background == 0 || memory.Left() > 0 {
+		t.Errorf("after a miss of something else: %+v, %d chunks left", s, memory.Left())
+	}
+}

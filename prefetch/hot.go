@@ -56,6 +56,7 @@ func (f *Filler) Hot(ctx context.Context, pieces []Piece) error {
 	if f.closed {
 		return ErrClosed
 	}
+	now := time.Now()
 	// Pieces may overlap: what they name twice is bounded too.
 	steps := 0
 	for _, l := range f.list {
@@ -73,7 +74,7 @@ func (f *Filler) Hot(ctx context.Context, pieces []Piece) error {
 		if l.hot == nil {
 			l.hot = make([]uint64, (l.members+63)/64)
 		}
-		l.link.starting = time.Now().Add(startTime)
+		l.link.starting, l.link.foretold, l.link.arrived = now.Add(startTime), true, now
 		h := &l.link.hot
 		if len(h.wants) == 0 && len(h.runs) == 0 {
 			h.epoch = firstEpochBytes

@@ -52,6 +52,9 @@ const (
 	// startTime after a layer was added, or its hot set was asked for, counts as active too: a program is about to start, and
 	// where nothing of what it reads is missing, it is the processors that it wants.
 	startTime = 10 * time.Second
+	// foretoldTime after the last of what was foretold is here, the background waits for the program to be there: it reads
+	// nothing that is missing. A miss of anything else ends that.
+	foretoldTime = 5 * time.Second
 )
 
 // link is one host: its connections and what was measured. Filler.mu guards all but the channels and semaphores.
@@ -68,6 +71,9 @@ type link struct {
 
 	missed   time.Time // the last miss
 	starting time.Time // until then a program may be starting
+	// foretold: what a start reads was asked for ahead, some of which came at arrived last, and nothing else was missed since.
+	foretold bool
+	arrived  time.Time
 
 	latency  time.Duration // from request to first byte; 0: not known
 	rate     float64       // bytes a second over one connection; 0: not known
@@ -177,6 +183,11 @@ func (k *link) patience(most time.Duration) time.Duration {
 // active reports whether programs are missing things just now, or what they will want is on its way.
 func (k *link) active(now time.Time) bool {
 	return now.Sub(k.missed) < activeTime || k.flying[hot] > 0 || now.Before(k.starting)
+}
+
+// serves reports whether a program is starting that has, or is about to have, all that it reads.
+func (k *link) serves(now time.Time) bool {
+	return k.foretold && (k.flying[hot] > 0 || now.Sub(k.arrived) < foretoldTime)
 }
 
 // takesHot reports whether one more flight of the hot set may start.

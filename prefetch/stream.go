@@ -144,6 +144,7 @@ func (s *Stream) Promise(list []Promised) error {
 	for l := range bytes {
 		if !l.removed {
 			s.layers = append(s.layers, l)
+			l.link.foretold, l.link.arrived = true, time.Now()
 		}
 	}
 	for _, p := range list {
@@ -212,6 +213,7 @@ func (s *Stream) Close() {
 	k := s.fl.l.link
 	k.flying[hot]--
 	k.hotBytes -= s.fl.hotBytes
+	k.arrived = time.Now()
 	for _, l := range s.layers {
 		for i, p := range l.promised {
 			if p.s == s {
