@@ -12,11 +12,12 @@ import (
 // over more connections, as long as these bring more; the reader gets them in their order.
 const (
 	// widenTime: how often it is looked whether more connections bring more, and so what a stream takes at least before
-	// it has a second one. New ones are given widenTrips, in latencies, to come up to their speed.
+	// it has a second one. Connections are given widenTrips, in latencies, to come up to their speed.
 	widenTime  = 500 * time.Millisecond
-	widenTrips = 4
-	// widenShare of the link's best rate is what one connection should bring.
-	widenShare = 0.5
+	widenTrips = 8
+	// widenShare of the link's best rate is what one connection should bring. That rate is of a moment, and may be three times what
+	// the link does, when a process that had to wait for a processor finds much in its buffers.
+	widenShare = 0.25
 	// widenLeft: a stream that has less to go, at its rate, stays as it is.
 	widenLeft = time.Second
 	// widenGain is what twice the connections must have brought for there to be twice as many again.
@@ -62,7 +63,10 @@ type pace struct {
 func (s *Stream) consider(n int, now time.Time) {
 	p := &s.pace
 	if p.since.IsZero() {
-		p.since = now
+		s.f.mu.Lock()
+		latency, _ := s.fl.l.link.estimate()
+		s.f.mu.Unlock()
+		p.since = now.Add(widenTrips * latency)
 	}
 	took := now.Sub(p.since)
 	if took <= 0 {
