@@ -45,7 +45,6 @@ var buckets = [][]byte{
 var indexes = [][]byte{bucketAll, bucketByNode, bucketByImage, bucketPending, bucketFetching, bucketFinished}
 
 var (
-	keyFormat   = []byte("format")
 	keyPosition = []byte("position")
 	keyCount    = []byte("count ")
 )
