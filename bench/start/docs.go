@@ -57,7 +57,7 @@ share the cores with the program. Absolute times move with the machine; ratios a
 		}
 		fmt.Fprintf(b, "%s %s", what, a.Versions[what])
 	}
-	fmt.Fprintf(b, ".\n\n**How often**: each cold variant %d times at each network, each warm one %d times. Medians, with least and most.\n\n", a.Runs, a.WarmRuns)
+	fmt.Fprintf(b, ".\n\n**How often**: as the tables say. Medians, with least and most.\n\n")
 	b.WriteString("| variant | what it is |\n|---|---|\n")
 	for _, v := range variants {
 		if slices.ContainsFunc(res.samples, func(s sample) bool { return s.Variant == v.name }) {
@@ -76,7 +76,7 @@ that there is (inflating, hashing, a warm start's CPU) spread over all cores. Bo
 func docsImage(b *strings.Builder, image startable, speeds []testbed.LinkSpeed, res *results) {
 	for _, speed := range speeds {
 		lower, counted, hasBound := res.boundsOf(image.name, speed)
-		fmt.Fprintf(b, "\n### %s, %s\n\n| variant | median s | least-most | pull s | MB by then | misses | daemons' CPU s | x lower bound |\n|---|---|---|---|---|---|---|---|\n", image.name, speed)
+		fmt.Fprintf(b, "\n### %s, %s\n\n| variant | runs | median s | least-most | pull s | MB by then | misses | daemons' CPU s | x lower bound |\n|---|---|---|---|---|---|---|---|---|\n", image.name, speed)
 		for _, v := range variants {
 			samples := res.of(image.name, speed, v.name)
 			if len(samples) == 0 {
@@ -89,7 +89,7 @@ func docsImage(b *strings.Builder, image startable, speeds []testbed.LinkSpeed, 
 			if hasBound && v.at == cold && !v.all {
 				over = fmt.Sprintf("%.2f", total.median/lower.seconds)
 			}
-			fmt.Fprintf(b, "| %s | %.2f | %.2f-%.2f | %.2f | %.1f | %s | %.2f | %s |\n", v.name, total.median, total.least, total.most,
+			fmt.Fprintf(b, "| %s | %d | %.2f | %.2f-%.2f | %.2f | %.1f | %s | %.2f | %s |\n", v.name, len(samples), total.median, total.least, total.most,
 				spreadOf(samples, pullSeconds).median, spreadOf(samples, fetchedMB).median, missed, spreadOf(samples, daemonCPU).median, over)
 		}
 		if !hasBound {
