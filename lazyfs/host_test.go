@@ -122,6 +122,11 @@ func TestNotesBeforeTheGreeting(t *testing.T) {
 	if got := l.layers(); got[noted] != 2 || got[other] != 3 {
 		t.Error(got)
 	}
+	l.opened(other, 0)
+	l.opened(digest.FromString("removed"), 0)
+	if got := l.layers(); got[other] != 0 || len(got) != 2 {
+		t.Error("notes of one that it has, and of one that it has no more:", got)
+	}
 }
 
 // Only what is read is filled, and what is there is not asked for.

@@ -35,6 +35,7 @@ type holderLink struct {
 
 	mu   sync.Mutex
 	open map[digest.Digest]int // its layers, and how often each is open
+	met  bool                  // all of its layers are in open
 }
 
 // holderPID is in the holder's name.
@@ -102,10 +103,13 @@ func (h *Host) connect(r *run, name string) (*holderLink, error) {
 	return link, nil
 }
 
+// opened takes a holder's note, which may come after its answer that it has removed the layer.
 func (l *holderLink) opened(d digest.Digest, n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.open[d] = n
+	if _, has := l.open[d]; has || !l.met {
+		l.open[d] = n
+	}
 }
 
 // greeted takes what the holder said at first. What it noted since is newer, and may have come before.
@@ -117,6 +121,7 @@ func (l *holderLink) greeted(layers []heldLayer) {
 			l.open[layer.Digest] = layer.Opens
 		}
 	}
+	l.met = true
 }
 
 func (l *holderLink) layers() map[digest.Digest]int {
@@ -131,6 +136,11 @@ func (l *holderLink) add(ctx context.Context, layer *Layer) error {
 	}})
 	if err != nil {
 		return fmt.Errorf("hand layer %s to holder: %w", layer.digest, err)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, noted := l.open[layer.digest]; !noted {
+		l.open[layer.digest] = 0
 	}
 	return nil
 }

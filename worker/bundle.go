@@ -18,11 +18,11 @@ import (
 // bundles are those of one publication, by the digests of the layers: an image in two repositories has one.
 type bundles map[string]bundle.Made
 
-// errUnbundled: a profile was published without a bundle, because its image is not Ready yet. It is published again.
-var errUnbundled = errors.New("the image has no mapping yet, so its profile has no boot bundle")
+// errUnready: a profile is not published yet, as a boot bundle is made of the converted image. The image is of use to nodes from then on.
+var errUnready = errors.New("the image is not Ready yet")
 
 // form makes a profile's artifact, with the boot bundle where one is wanted and can be had. What is wrong with a bundle is
-// said and is no error: nodes do without. errUnbundled comes with a form.
+// said and is no error: nodes do without. errUnready: it is to be made later.
 func (p *Publisher) form(ctx context.Context, at *ledger.Place, what accel.Profile, made bundles) (artifact.Form, error) {
 	form, err := artifact.FormOf(what)
 	// Nodes know of what is beside the source before they ask for TOCs, and not of what is elsewhere.
@@ -42,7 +42,7 @@ func (p *Publisher) form(ctx context.Context, at *ledger.Place, what accel.Profi
 	switch {
 	case ctx.Err() != nil:
 		return form, context.Cause(ctx)
-	case errors.Is(err, errUnbundled):
+	case errors.Is(err, errUnready):
 		return form, err
 	}
 	p.bundled.WithLabelValues("error").Inc()
@@ -54,7 +54,7 @@ func (p *Publisher) form(ctx context.Context, at *ledger.Place, what accel.Profi
 func (p *Publisher) bundle(ctx context.Context, at *ledger.Place, what accel.Profile, made bundles) (m bundle.Made, err error) {
 	envelope, err := p.o.Tracker.Mapping(ctx, at.Repository, what.Manifest)
 	if errors.Is(err, accel.ErrNotFound) {
-		return m, errUnbundled
+		return m, errUnready
 	}
 	if err != nil {
 		return m, fmt.Errorf("its mapping: %w", err)

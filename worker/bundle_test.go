@@ -50,13 +50,8 @@ func (p *profileBed) bundle(repository string, of accel.Profile) (d digest.Diges
 	list, err := source.Referrers(p.ctx, of.Manifest, accel.MediaTypeProfile)
 	must(p.t, err)
 	found, ok := artifact.BundleIn(list, of.Manifest)
-	if !ok { // it was published before the image was Ready
-		p.eventually("the profile has a bundle", func() bool {
-			list, err = source.Referrers(p.ctx, of.Manifest, accel.MediaTypeProfile)
-			must(p.t, err)
-			found, ok = artifact.BundleIn(list, of.Manifest)
-			return ok && len(list) == 1
-		})
+	if !ok || len(list) != 1 {
+		p.t.Fatalf("the profile has no bundle: %+v", list)
 	}
 	body, err := source.Range(p.ctx, found.Digest, found.SizeBytes, 0, found.SizeBytes)
 	must(p.t, err)

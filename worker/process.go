@@ -116,6 +116,11 @@ func (k *Worker) process(ctx context.Context, w readiness.Work, after *afterwork
 	if err := k.Tracker.Finish(ctx, w, target, res, out.mappings); err != nil {
 		return err
 	}
+	for m := range out.mappings {
+		if err := k.Profiles.Hasten(ctx, m); err != nil && ctx.Err() == nil { // it is published later
+			k.Log.Warn("cannot hasten the publication of an image's profile", "image", w.Image(), "manifest", m, "error", err)
+		}
+	}
 	k.metrics.finished(res)
 	return nil
 }

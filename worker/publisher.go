@@ -208,15 +208,15 @@ func (p *Publisher) one(ctx context.Context, next ledger.Publication) {
 		if ctx.Err() != nil {
 			return
 		}
-		p.answered(host, err == nil || errors.Is(err, errUnbundled) || (limited.Err() == nil && !registry.Unreachable(err)))
+		p.answered(host, err == nil || errors.Is(err, errUnready) || (limited.Err() == nil && !registry.Unreachable(err)))
 		if err != nil {
 			errs = append(errs, err)
 		}
 	}
 	settle := p.o.Profiles.Published
 	switch err := errors.Join(errs...); {
-	case errors.Is(err, errUnbundled):
-		p.o.Log.Debug("an image's profile is published again later", "manifest", next.Manifest, "reason", err)
+	case errors.Is(err, errUnready):
+		p.o.Log.Debug("an image's profile is published later", "manifest", next.Manifest, "reason", err)
 		settle = p.o.Profiles.PublicationFailed
 	case err != nil:
 		p.published.WithLabelValues("error").Inc()
@@ -257,9 +257,9 @@ func (p *Publisher) place(ctx context.Context, next *ledger.Publication, at *led
 		if err != nil {
 			return hostOf(at.Repository), fmt.Errorf("look at %s@%s: %w", at.Repository, next.Manifest, err)
 		}
-		form, early := p.form(ctx, at, *next.Profile, made)
-		if early != nil && !errors.Is(early, errUnbundled) {
-			return hostOf(at.Repository), early
+		form, err := p.form(ctx, at, *next.Profile, made)
+		if err != nil {
+			return hostOf(at.Repository), err
 		}
 		d, err := p.attach(ctx, at.Target, v1.Descriptor{MediaType: subject.MediaType, Digest: subject.Digest, Size: subject.Size}, form)
 		if err != nil {
@@ -268,9 +268,7 @@ func (p *Publisher) place(ctx context.Context, next *ledger.Publication, at *led
 		if at.Artifact != "" && at.Artifact != d {
 			at.Stale = append(slices.Clone(at.Stale), at.Artifact)
 		}
-		if at.Artifact = d; early != nil {
-			return hostOf(at.Target), errors.Join(early, p.clear(ctx, next.Manifest, at))
-		}
+		at.Artifact = d
 	} else if at.Artifact != "" {
 		at.Stale, at.Artifact = append(slices.Clone(at.Stale), at.Artifact), ""
 	}

@@ -163,6 +163,7 @@ func TestProfilesCloseTheLoop(t *testing.T) {
 	b, ref, img := pyBed(t, newLazyBed)
 	manifest := manifestOf(t, img)
 	b.awaitProfile(manifest, accel.ProfilePredicted)
+	b.awaitArtifact(manifest)
 	first := b.recordedStart(ref)
 	if !first.Complete || first.End != "answered" || first.Files < 50 || first.Bytes < 5<<20 {
 		t.Errorf("the first start is recorded as %+v", first)
@@ -189,6 +190,7 @@ func TestProfilesCloseTheLoop(t *testing.T) {
 	for _, n := range b.reg.Delivered().Blobs {
 		packed += n
 	}
+	t.Logf("the registry delivered %d bytes for a plan of %d of content", packed, second.Ahead.PlannedBytes)
 	if most := second.Ahead.PlannedBytes + 8<<20; packed > most {
 		t.Errorf("the registry delivered %d bytes for a plan of %d bytes of content\n%v\n%s", packed, second.Ahead.PlannedBytes, b.reg.Delivered().Blobs, b.node.metrics())
 	}
@@ -239,18 +241,18 @@ func (b *lazyBed) registryClient() *registry.Client {
 	return c
 }
 
-// awaitArtifact waits until the service has published a profile.
-func (b *lazyBed) awaitArtifact(manifest digest.Digest) []v1.Descriptor {
+// awaitArtifact waits until the service has published a profile with its boot bundle, and reads nothing from the registry any more.
+func (b *lazyBed) awaitArtifact(manifest digest.Digest) {
 	b.t.Helper()
 	c := b.registryClient()
 	for begin := time.Now(); ; time.Sleep(50 * time.Millisecond) {
 		list, err := c.Referrers(b.t.Context(), b.reg.Host()+"/team/pyweb", manifest, accel.MediaTypeProfile)
 		must(b.t, err)
-		if len(list) > 0 {
-			return list
+		if _, ok := artifact.BundleIn(list, manifest); ok {
+			return
 		}
 		if time.Since(begin) > time.Minute {
-			b.t.Fatalf("no profile is published\n%s", b.server.log)
+			b.t.Fatalf("no profile is published with a boot bundle: %+v\n%s", list, b.server.log)
 		}
 	}
 }

@@ -315,6 +315,39 @@ func TestPublicationsAtATime(t *testing.T) {
 	b.expectNoneDue()
 }
 
+// What was put off because its image was not Ready is due when that is, also where it is just being found out.
+func TestHasten(t *testing.T) {
+	b := newBed(t, ledger.Options{})
+	ctx := t.Context()
+	must(t, b.Hasten(ctx, manifest("unknown")))
+	b.learn("a", ledger.Given{Predicted: items(t, "0:bin/a:0:1000")})
+	p, ok := b.due()
+	if !ok {
+		t.Fatal("nothing is due")
+	}
+	must(t, b.PublicationFailed(ctx, p))
+	b.expectNoneDue()
+	must(t, b.Hasten(ctx, p.Manifest))
+	if p, ok = b.due(); !ok {
+		t.Fatal("what was hastened is not due")
+	}
+	must(t, b.Hasten(ctx, p.Manifest))
+	b.expectNoneDue() // it is somebody's
+	must(t, b.PublicationFailed(ctx, p))
+	if p, ok = b.due(); !ok {
+		t.Fatal("what was hastened meanwhile is not due")
+	}
+	must(t, b.PublicationFailed(ctx, p)) // not once more
+	b.expectNoneDue()
+	b.clock.pass(2 * time.Minute)
+	if p, ok = b.due(); !ok {
+		t.Fatal("what failed is not tried again")
+	}
+	b.settle(p)
+	must(t, b.Hasten(ctx, p.Manifest))
+	b.expectNoneDue()
+}
+
 func TestPredictionsThatFailAreGivenUp(t *testing.T) {
 	b := newBed(t, ledger.Options{})
 	for n := range 6 {

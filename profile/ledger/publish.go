@@ -50,24 +50,39 @@ func (l *Ledger) wake() {
 // taken are the publications that somebody works at.
 type taken struct {
 	mu   sync.Mutex
-	have map[digest.Digest]bool
+	have map[digest.Digest]bool // whether it was hastened meanwhile
 }
 
 // add is false where it was there.
 func (t *taken) add(manifest digest.Digest) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.have[manifest] {
+	if _, has := t.have[manifest]; has {
 		return false
 	}
 	if t.have == nil {
 		t.have = map[digest.Digest]bool{}
 	}
-	t.have[manifest] = true
+	t.have[manifest] = false
 	return true
 }
 
 func (t *taken) has(manifest digest.Digest) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	_, has := t.have[manifest]
+	return has
+}
+
+func (t *taken) hasten(manifest digest.Digest) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if _, has := t.have[manifest]; has {
+		t.have[manifest] = true
+	}
+}
+
+func (t *taken) hastened(manifest digest.Digest) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.have[manifest]
@@ -210,9 +225,13 @@ func (s *state) mostStale() (n int) {
 	return n
 }
 
-// PublicationFailed puts p off, for longer each time.
+// PublicationFailed puts p off, for longer each time, unless it was hastened meanwhile.
 func (l *Ledger) PublicationFailed(ctx context.Context, p Publication) error {
 	err := l.change(ctx, p.Manifest, false, func(s *state) error {
+		if l.taken.hastened(p.Manifest) {
+			s.hasten()
+			return nil
+		}
 		s.row.Tries++
 		s.row.DueAt, s.touched = l.now().Add(l.o.PublishEvery<<min(s.row.Tries, maxTries)), true
 		return nil
@@ -222,4 +241,24 @@ func (l *Ledger) PublicationFailed(ctx context.Context, p Publication) error {
 		return nil
 	}
 	return err
+}
+
+// Hasten makes a publication due that was put off, or that somebody works at and that fails: what it lacked is there.
+func (l *Ledger) Hasten(ctx context.Context, manifest digest.Digest) error {
+	l.taken.hasten(manifest)
+	err := l.change(ctx, manifest, false, func(s *state) error {
+		if s.row.Tries > 0 && !s.row.DueAt.IsZero() {
+			s.hasten()
+		}
+		return nil
+	})
+	if errors.Is(err, accel.ErrNotFound) {
+		return nil
+	}
+	l.wake()
+	return err
+}
+
+func (s *state) hasten() {
+	s.row.DueAt, s.row.Tries, s.touched = s.l.now(), 0, true
 }
