@@ -50,14 +50,14 @@ type span struct{ first, n int }
 
 // fetchAhead plans by the profile and has the plan fetched before all that nobody waits for. What b has brought, or has not,
 // is known by then.
-func (l *Lazy) fetchAhead(ctx context.Context, img *image, answer <-chan found, b *boot) {
+func (l *Lazy) fetchAhead(ctx context.Context, img *image, p *prospect, b *boot) {
 	defer func() { img.layouts = nil }() // they take memory
-	f := <-answer
+	f := <-p.profile
 	if l.starts.isPlain(img.manifest, time.Now()) {
 		return
 	}
 	if f.from == "" && ctx.Err() == nil {
-		f = l.profileAtTarget(ctx, img)
+		f = l.profileAtTarget(ctx, p)
 	}
 	if f.from == "" || ctx.Err() != nil {
 		return

@@ -58,12 +58,12 @@ type boot struct {
 }
 
 // boot begins to fetch an image's bundle, where one is known that is worth it. It is work of l that ends with ctx.
-func (l *Lazy) boot(ctx context.Context, img *image, there *attached) *boot {
+func (l *Lazy) boot(ctx context.Context, img *image, p *prospect) *boot {
 	if l.starts.isPlain(img.manifest, time.Now()) {
 		return nil
 	}
 	listed, stop := context.WithTimeout(ctx, bootListTime)
-	list, err := there.of(listed, accel.MediaTypeProfile)
+	at, list, err := p.profiles(listed)
 	stop()
 	if err != nil {
 		return nil
@@ -83,7 +83,7 @@ func (l *Lazy) boot(ctx context.Context, img *image, there *attached) *boot {
 		return nil
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	b := &boot{l: l, img: img, source: there.source, d: d, content: content, got: make(chan struct{}), opened: make(chan struct{}), cancel: cancel, done: make(chan struct{})}
+	b := &boot{l: l, img: img, source: at.source, d: d, content: content, got: make(chan struct{}), opened: make(chan struct{}), cancel: cancel, done: make(chan struct{})}
 	l.work.Go(func() {
 		defer func() { <-l.boots }()
 		defer close(b.done)

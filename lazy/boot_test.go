@@ -40,6 +40,7 @@ import (
 type bootBed struct {
 	t        *testing.T
 	host     string
+	target   string // the repository of the converted image, without the host
 	client   *registry.Client
 	keys     *trust.Keyring
 	manifest digest.Digest
@@ -52,9 +53,9 @@ type bootBed struct {
 	fault func(w http.ResponseWriter, r *http.Request) bool
 }
 
-func newBootBed(t *testing.T) *bootBed {
+func newBootBed(t *testing.T, target string) *bootBed {
 	t.Helper()
-	b := &bootBed{t: t, asked: map[digest.Digest]int{}}
+	b := &bootBed{t: t, target: target, asked: map[digest.Digest]int{}}
 	next := ggcr.New(ggcr.WithReferrersSupport(true), ggcr.Logger(log.New(io.Discard, "", 0)))
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, blob, ok := strings.Cut(r.URL.Path, "/blobs/")
@@ -102,9 +103,9 @@ func newBootBed(t *testing.T) *bootBed {
 	res, err := c.Convert(t.Context(), convert.Source{Repository: b.repository(), Image: img}, convert.Options{})
 	must(t, err)
 	t.Cleanup(func() { must(t, res.Close()) })
-	must(t, b.client.PushImage(t.Context(), b.repository(), res.Image))
+	must(t, b.client.PushImage(t.Context(), b.converted(), res.Image))
 	m := res.Mappings[0]
-	m.TargetRepository = b.repository()
+	m.TargetRepository = b.converted()
 	b.manifest, b.layers = m.SourceManifest, m.Layers
 	envelope, err := b.keys.Sign(t.Context(), m)
 	must(t, err)
@@ -123,9 +124,11 @@ func newBootBed(t *testing.T) *bootBed {
 
 func (b *bootBed) repository() string { return b.host + "/team/app" }
 
+func (b *bootBed) converted() string { return b.host + "/" + b.target }
+
 func (b *bootBed) bundle() bundle.Made {
 	b.t.Helper()
-	source, err := b.client.Source(b.repository(), "")
+	source, err := b.client.Source(b.converted(), "")
 	must(b.t, err)
 	m, err := bundle.Make(b.t.Context(), b.layers, b.profile.Items, func(ctx context.Context, layer int, offset, n int64) ([]byte, error) {
 		r, err := source.Range(ctx, b.layers[layer].Target, b.layers[layer].TargetBytes, offset, n)
@@ -139,7 +142,7 @@ func (b *bootBed) bundle() bundle.Made {
 	return m
 }
 
-// attach publishes the profile until the test's end, with a bundle where there is one.
+// attach publishes the profile beside the converted image until the test's end, with a bundle where there is one.
 func (b *bootBed) attach(m *bundle.Made) {
 	b.t.Helper()
 	form, err := artifact.FormOf(b.profile)
@@ -148,9 +151,9 @@ func (b *bootBed) attach(m *bundle.Made) {
 		form, err = form.WithBundle(*m)
 		must(b.t, err)
 	}
-	d, err := b.client.Attach(b.t.Context(), b.repository(), b.subject, accel.MediaTypeProfile, form.Annotations, form.Blobs...)
+	d, err := b.client.Attach(b.t.Context(), b.converted(), b.subject, accel.MediaTypeProfile, form.Annotations, form.Blobs...)
 	must(b.t, err)
-	b.t.Cleanup(func() { must(b.t, b.client.Delete(context.Background(), b.repository(), d)) })
+	b.t.Cleanup(func() { must(b.t, b.client.Delete(context.Background(), b.converted(), d)) })
 }
 
 // node is a Lazy that fetches nothing in the background.
@@ -263,7 +266,12 @@ func (b *bootBed) targets() (all []digest.Digest) {
 // TestBootBundle: one request brings the TOCs and all that a start reads, and nothing of it is asked for otherwise. A node that
 // has the layers asks for none.
 func TestBootBundle(t *testing.T) {
-	b := newBootBed(t)
+	for _, target := range []string{"team/app", "accelerated/app"} {
+		t.Run(target, func(t *testing.T) { testBootBundle(t, newBootBed(t, target)) })
+	}
+}
+
+func testBootBundle(t *testing.T, b *bootBed) {
 	m := b.bundle()
 	b.attach(&m)
 	l := b.node()
@@ -301,7 +309,7 @@ func TestBootBundle(t *testing.T) {
 
 // TestBootBundlesOfNoUse: whatever is wrong with a bundle, the image is mounted and the hot set comes, right.
 func TestBootBundlesOfNoUse(t *testing.T) {
-	b := newBootBed(t)
+	b := newBootBed(t, "team/app")
 	good := b.bundle()
 	other := func(change func(m *bundle.Made)) *bundle.Made {
 		m := good

@@ -94,21 +94,19 @@ func (l *Lazy) forgetProfile(manifest digest.Digest) error {
 	return l.profiles.remove(manifest)
 }
 
-// profileAtTarget looks where the converted image is, when that is another repository: the service publishes it
-// there.
-func (l *Lazy) profileAtTarget(ctx context.Context, img *image) found {
-	target := img.layers[0].origin.Repositories[0]
-	if target == img.repository {
+// profileAtTarget looks where the converted image is, when that is another repository.
+func (l *Lazy) profileAtTarget(ctx context.Context, p *prospect) found {
+	at, list, err := p.profiles(ctx)
+	if at == p.there {
 		return found{}
 	}
-	source, err := l.o.Registry.Source(target, "")
 	if err == nil {
-		var p accel.Profile
-		if p, err = artifact.Find(ctx, source, img.manifest); err == nil {
-			return found{p, fromRegistry}
+		var f accel.Profile
+		if f, err = artifact.FindIn(ctx, at.source, at.manifest, list); err == nil {
+			return found{f, fromRegistry}
 		}
 	}
-	l.o.Log.Debug("an image has no profile beside its converted form", "manifest", img.manifest, "reason", err)
+	l.o.Log.Debug("an image has no profile beside its converted form", "manifest", at.manifest, "reason", err)
 	return found{}
 }
 

@@ -405,7 +405,7 @@ func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey, k
 		}
 	}
 	img.planned = make(chan struct{})
-	boot := l.boot(running, img, p.there)
+	boot := l.boot(running, img, p)
 	if err := l.prepare(ctx, img, boot); err != nil {
 		boot.end(false)
 		cancel()
@@ -433,7 +433,7 @@ func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey, k
 			planning, done = context.WithTimeout(running, resolveTime)
 			defer done()
 		}
-		l.fetchAhead(planning, img, p.profile, boot)
+		l.fetchAhead(planning, img, p, boot)
 		late.Stop()
 		release()
 	})

@@ -8,6 +8,7 @@ import (
 	"accel"
 	"accel/registry"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -26,6 +27,7 @@ type prospect struct {
 	mapped  chan struct{} // closed when there is an answer:
 	m       accel.Mapping
 	err     error
+	beside  *attached // there, or where the converted image is, if that is another repository: the service publishes profiles beside it
 
 	ctx    context.Context // of the questions
 	cancel context.CancelFunc
@@ -39,6 +41,17 @@ func (p *prospect) mapping(ctx context.Context) (accel.Mapping, error) {
 	case <-ctx.Done():
 		return accel.Mapping{}, ctx.Err()
 	}
+}
+
+// profiles lists those beside the converted image, and says where that is.
+func (p *prospect) profiles(ctx context.Context) (beside *attached, list []v1.Descriptor, err error) {
+	select {
+	case <-p.mapped:
+	case <-ctx.Done():
+		return p.there, nil, ctx.Err()
+	}
+	list, err = p.beside.of(ctx, accel.MediaTypeProfile)
+	return p.beside, list, err
 }
 
 // failed reports whether it is known already that the question went wrong.
@@ -76,6 +89,13 @@ func (l *Lazy) look(running context.Context, source *registry.Source, manifest d
 	l.work.Go(func() {
 		defer close(p.mapped)
 		p.m, p.err = l.mapping(p.ctx, p.there)
+		p.beside = p.there
+		if p.err != nil || p.m.TargetRepository == source.Repository() {
+			return
+		}
+		if target, err := l.o.Registry.Source(p.m.TargetRepository, ""); err == nil {
+			p.beside = l.attachedTo(p.ctx, target, manifest)
+		}
 	})
 	return p
 }

@@ -136,24 +136,9 @@ func (f *Filler) join(l *layer, fl *flight, m int) {
 	if fl.whole || m < fl.must || m < fl.next || l.link.flying[demand] >= f.o.DemandConnections {
 		return
 	}
-	latency, rate := l.link.estimate()
 	offset, end := l.span(m)
 	distance := end - fl.position
-	if distance < leastOvertakeBytes {
-		return
-	}
-	own := rate
-	var wait time.Duration
-	if fl.begun.IsZero() {
-		wait = latency
-		if !fl.requested.IsZero() {
-			wait = max(0, latency-time.Since(fl.requested))
-		}
-	} else if since := time.Since(fl.begun); !fl.paced && fl.received >= leastSampleBytes && since > 0 {
-		own = float64(fl.received) / since.Seconds()
-	}
-	wait += seconds(float64(distance) / own)
-	if float64(wait) <= overtakeFactor*float64(latency+seconds(float64(end-offset)/rate)) {
+	if distance < leastOvertakeBytes || !l.link.overtakes(fl.wait(distance), end-offset) {
 		return
 	}
 	f.metrics.overtakes.Inc()
@@ -161,6 +146,27 @@ func (f *Filler) join(l *layer, fl *flight, m int) {
 	if l.owner(m) == nil {
 		f.cover(l, m, m+1, l.link.window())
 	}
+}
+
+// wait is how long it takes until so many more bytes have come. Filler.mu is held.
+func (fl *flight) wait(bytes int64) time.Duration {
+	latency, rate := fl.l.link.estimate()
+	if fl.begun.IsZero() {
+		if !fl.requested.IsZero() {
+			latency = max(0, latency-time.Since(fl.requested))
+		}
+		return latency + seconds(float64(bytes)/rate)
+	}
+	if since := time.Since(fl.begun); !fl.paced && fl.received >= leastSampleBytes && since > 0 {
+		rate = float64(fl.received) / since.Seconds()
+	}
+	return seconds(float64(bytes) / rate)
+}
+
+// overtakes reports whether a request of its own brings so many bytes much earlier than after that wait. Filler.mu is held.
+func (k *link) overtakes(wait time.Duration, bytes int64) bool {
+	latency, rate := k.estimate()
+	return float64(wait) > overtakeFactor*float64(latency+seconds(float64(bytes)/rate))
 }
 
 func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }

@@ -13,6 +13,10 @@ const (
 	leastBackgroundBytes = 1 << 20
 	mostBackgroundBytes  = 16 << 20
 	backgroundParts      = 8
+	// While a program is active, a request is not more than comes in activeRequestTime, and the least of them: what has been sent
+	// cannot be taken back, and the next miss waits behind it.
+	activeRequestTime       = 100 * time.Millisecond
+	leastActiveRequestBytes = 128 << 10
 	// idleTime: after it, it is looked whether Content has lost chunks.
 	idleTime = 30 * time.Second
 )
@@ -43,7 +47,7 @@ func (f *Filler) launch(now time.Time) time.Duration {
 		}
 	}
 	for _, l := range f.list {
-		if l.link.active(now) || l.link.serves(now) {
+		if l.link.spares(now) < f.o.BackgroundConnections {
 			wait = min(wait, activeTime) // more connections then
 		}
 	}
@@ -63,21 +67,17 @@ func (f *Filler) launchBackground(now time.Time) bool {
 	order := slices.Clone(f.list)
 	slices.SortStableFunc(order, func(a, b *layer) int { return cmp.Compare(b.touched, a.touched) })
 	for _, l := range order {
-		connections := f.o.BackgroundConnections
-		if l.link.active(now) {
-			connections = min(connections, activeConnections)
-		}
-		if l.link.flying[background] >= connections || now.Before(l.pausedUntil) || l.Content.Left() == 0 || l.Held || l.link.hot.waits(now) || l.link.serves(now) {
+		if l.Held || now.Before(l.pausedUntil) || l.Content.Left() == 0 || l.unranged && len(l.flights) > 0 {
 			continue
 		}
-		if l.unranged && len(l.flights) > 0 {
+		if l.link.flying[background] >= min(l.link.spares(now), f.o.BackgroundConnections) {
 			continue
 		}
 		m := l.nextFree(now)
 		if m < 0 {
 			continue
 		}
-		end := l.run(m, l.members, f.backgroundBytes(l.link), l.link.bridge(), func(m int) bool { return l.quiet(m, now) })
+		end := l.run(m, l.members, f.backgroundBytes(l.link, now), l.link.bridge(), func(m int) bool { return l.quiet(m, now) })
 		l.cursor = end
 		f.start(l, background, m, m, end)
 		return true
@@ -100,7 +100,7 @@ func (l *layer) nextFree(now time.Time) int {
 }
 
 // backgroundBytes is the size of the next request on a link. f.mu is held.
-func (f *Filler) backgroundBytes(k *link) int64 {
+func (f *Filler) backgroundBytes(k *link, now time.Time) int64 {
 	left := int64(0)
 	for _, l := range f.list {
 		if l.link != k || l.n == 0 {
@@ -110,5 +110,9 @@ func (f *Filler) backgroundBytes(k *link) int64 {
 		_, end := l.span(l.members - 1)
 		left += int64(float64(end-first) * float64(l.Content.Left()) / float64(l.n))
 	}
-	return min(max(left/backgroundParts, leastBackgroundBytes), mostBackgroundBytes)
+	most := int64(mostBackgroundBytes)
+	if k.active(now) && k.capacity > 0 {
+		most = min(most, max(int64(k.capacity*activeRequestTime.Seconds()), leastActiveRequestBytes))
+	}
+	return min(max(left/backgroundParts, leastBackgroundBytes), most)
 }

@@ -18,8 +18,7 @@ func (f *Filler) Release(digests ...digest.Digest) {
 	kick(f.dispatching)
 }
 
-// waits reports whether some of the hot set is still to be asked for over its link, and can be. A request of the background would
-// take some of it along, in the middle of what can wait.
+// waits reports whether some of the hot set is still to be asked for over its link, and can be.
 func (h *hotSet) waits(now time.Time) bool {
 	return h.ready(now) > 0 || len(h.wants) > 0 && !now.Before(h.wants[0].l.pausedUntil)
 }

@@ -1,6 +1,7 @@
 package prefetch
 
 import (
+	"math"
 	"time"
 
 	"golang.org/x/sync/semaphore"
@@ -188,6 +189,18 @@ func (k *link) active(now time.Time) bool {
 // serves reports whether a program is starting that has, or is about to have, all that it reads.
 func (k *link) serves(now time.Time) bool {
 	return k.foretold && (k.flying[hot] > 0 || now.Sub(k.arrived) < foretoldTime)
+}
+
+// spares is how many connections the background may have. It leaves the hot set alone as long as some of that is to be asked
+// for: it would take a part along, in the middle of what can wait.
+func (k *link) spares(now time.Time) int {
+	switch {
+	case k.hot.waits(now), k.serves(now):
+		return 0
+	case k.active(now):
+		return activeConnections
+	}
+	return math.MaxInt
 }
 
 // takesHot reports whether one more flight of the hot set may start.

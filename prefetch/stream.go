@@ -283,19 +283,13 @@ const overtakeTime = time.Second
 
 // tooFar reports whether what is promised comes much later than by a request of its own; compare join. f.mu is held.
 func (f *Filler) tooFar(l *layer, m int, p promise) bool {
-	fl, k := p.s.fl, l.link
-	distance := p.at - fl.position
-	if distance < leastOvertakeBytes || k.flying[demand] >= f.o.DemandConnections {
+	distance := p.at - p.s.fl.position
+	if distance < leastOvertakeBytes || l.link.flying[demand] >= f.o.DemandConnections {
 		return false
 	}
-	latency, rate := k.estimate()
-	own := rate
-	if since := time.Since(fl.begun); !fl.begun.IsZero() && !fl.paced && fl.received >= leastSampleBytes && since > 0 {
-		own = float64(fl.received) / since.Seconds()
-	}
 	offset, end := l.span(m)
-	wait := seconds(float64(distance) / own)
-	if wait < overtakeTime || float64(wait) <= overtakeFactor*float64(latency+seconds(float64(end-offset)/rate)) {
+	wait := p.s.fl.wait(distance)
+	if wait < overtakeTime || !l.link.overtakes(wait, end-offset) {
 		return false
 	}
 	f.metrics.overtakes.Inc()

@@ -15,10 +15,11 @@ import (
 const (
 	// pageSize is what Amazon ECR allows at most.
 	pageSize = 1000
-	// maxPageBytes and maxPages bound a listing: a registry that pages without
-	// end must not fill the memory.
-	maxPageBytes = 16 << 20
-	maxPages     = 1000
+	// maxPageBytes, maxPages and maxListingBytes bound a listing: a registry that pages without
+	// end must not fill the memory. A million names have some 60 MB.
+	maxPageBytes    = 16 << 20
+	maxPages        = 1000
+	maxListingBytes = 128 << 20
 )
 
 // Tags lists the tags of a repository. ErrNotFound where the registry does not
@@ -44,10 +45,10 @@ func (c *Client) Catalog(ctx context.Context, host string) ([]string, error) {
 func (c *Client) listing(ctx context.Context, r repo, at string, scopes []string) ([]string, error) {
 	first := at
 	at += fmt.Sprintf("?n=%d", pageSize)
-	all := []string{}
+	all, size := []string{}, 0
 	for page := 0; at != ""; page++ {
-		if page == maxPages {
-			return nil, fmt.Errorf("%w: %s: more than %d pages", accel.ErrInvalid, first, maxPages)
+		if page == maxPages || size > maxListingBytes {
+			return nil, fmt.Errorf("%w: %s: more than %d pages, or than %d bytes", accel.ErrInvalid, first, maxPages, maxListingBytes)
 		}
 		header, raw, err := c.read(ctx, r, request{method: http.MethodGet, url: at, scopes: scopes, ok: []int{http.StatusOK}}, maxPageBytes, nil)
 		if answer := (*responseError)(nil); page == 0 && errors.As(err, &answer) && answer.answer.StatusCode == http.StatusBadRequest {
@@ -59,6 +60,7 @@ func (c *Client) listing(ctx context.Context, r repo, at string, scopes []string
 		if err != nil {
 			return nil, err
 		}
+		size += len(raw)
 		var body struct {
 			Tags         []string `json:"tags"`
 			Repositories []string `json:"repositories"`

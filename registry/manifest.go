@@ -249,12 +249,17 @@ func (c *Client) Delete(ctx context.Context, repository string, d digest.Digest)
 	if err != nil {
 		return accel.Permanent(fmt.Errorf("%w: manifest %s@%s: %w", accel.ErrInvalid, r, d, err))
 	}
+	return c.remove(ctx, r, subject, d)
+}
+
+// remove deletes a manifest that refers to subject; nil: to none.
+func (c *Client) remove(ctx context.Context, r repo, subject *v1.Descriptor, d digest.Digest) error {
 	if subject != nil {
 		if err := c.unlist(ctx, r, subject.Digest, d); err != nil {
 			return err
 		}
 	}
-	_, err = c.discard(ctx, r, request{
+	_, err := c.discard(ctx, r, request{
 		method: http.MethodDelete,
 		url:    r.url("manifests/" + d.String()),
 		scopes: []string{"repository:" + r.path + ":pull,push,delete"},

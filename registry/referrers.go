@@ -241,7 +241,7 @@ func (c *Client) DeleteReferrer(ctx context.Context, repository string, subject 
 	if err != nil || of == nil || of.Digest.String() != subject.String() || artifactType == "" || desc.ArtifactType != artifactType {
 		return fmt.Errorf("%w: manifest %s@%s is no %q that refers to %s; it is not deleted", accel.ErrConflict, r, d, artifactType, subject)
 	}
-	return c.Delete(ctx, repository, d)
+	return c.remove(ctx, r, of, d)
 }
 
 // allReferrers asks the referrers API, and at the same time for the fallback tag, unless the host has shown that it has

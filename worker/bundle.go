@@ -25,8 +25,7 @@ var errUnready = errors.New("the image is not Ready yet")
 // said and is no error: nodes do without. errUnready: it is to be made later.
 func (p *Publisher) form(ctx context.Context, at *ledger.Place, what accel.Profile, made bundles) (artifact.Form, error) {
 	form, err := artifact.FormOf(what)
-	// Nodes know of what is beside the source before they ask for TOCs, and not of what is elsewhere.
-	if err != nil || p.o.BundleBytes == 0 || len(what.Items) == 0 || at.Target != at.Repository {
+	if err != nil || p.o.BundleBytes == 0 || len(what.Items) == 0 {
 		return form, err
 	}
 	began := time.Now()

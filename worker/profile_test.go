@@ -40,12 +40,17 @@ const bundleBytes = 16 << 20
 // profileBed is a bed with a ledger, and a publisher that publishes at once.
 type profileBed struct {
 	*bed
-	profiles *ledger.Ledger
+	profiles    *ledger.Ledger
+	bundleBytes int64
 }
 
 func newProfileBed(t *testing.T, opts ...bedOption) *profileBed {
 	t.Helper()
-	p := &profileBed{}
+	return (&profileBed{bundleBytes: bundleBytes}).open(t, opts...)
+}
+
+func (p *profileBed) open(t *testing.T, opts ...bedOption) *profileBed {
+	t.Helper()
 	var err error
 	p.profiles, err = ledger.Open(filepath.Join(t.TempDir(), "profiles.db"), ledger.Options{PublishEvery: time.Millisecond, SettleAfter: time.Millisecond})
 	must(t, err)
@@ -59,7 +64,7 @@ func newProfileBed(t *testing.T, opts ...bedOption) *profileBed {
 // publishing runs a publisher until the test's end.
 func (p *profileBed) publishing() {
 	publisher, err := worker.NewPublisher(worker.PublisherOptions{
-		Profiles: p.profiles, Registry: p.client, Tracker: p.tracker, Keys: p.keys, BundleBytes: bundleBytes, Log: p.options.Log,
+		Profiles: p.profiles, Registry: p.client, Tracker: p.tracker, Keys: p.keys, BundleBytes: p.bundleBytes, Log: p.options.Log,
 	})
 	must(p.t, err)
 	ctx, cancel := context.WithCancel(p.ctx)

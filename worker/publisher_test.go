@@ -36,7 +36,7 @@ func TestSlowRegistryHoldsNoOtherUp(t *testing.T) {
 	fast := httptest.NewServer(ggcr.New(ggcr.Logger(log.New(io.Discard, "", 0))))
 	t.Cleanup(fast.Close)
 	host := strings.TrimPrefix(fast.URL, "http://")
-	b := newProfileBed(t, func(_ *bed, _ *readiness.Options, r *registry.Options, _ *worker.Options) {
+	b := (&profileBed{}).open(t, func(_ *bed, _ *readiness.Options, r *registry.Options, _ *worker.Options) {
 		r.Hosts = append(r.Hosts, registry.Host{Name: host, PlainHTTP: true})
 		r.StallTimeout = time.Hour
 	})
@@ -46,7 +46,7 @@ func TestSlowRegistryHoldsNoOtherUp(t *testing.T) {
 	})
 	learn := func(host string, manifest digest.Digest) {
 		t.Helper()
-		at := ledger.Image{Repository: host + "/team/app", Digest: manifest, Platform: "linux/amd64", Target: host + "/fast/app"}
+		at := ledger.Image{Repository: host + "/team/app", Digest: manifest, Platform: "linux/amd64", Target: host + "/team/app"}
 		must(t, b.profiles.Learn(b.ctx, manifest, at, 1, ledger.Given{Predicted: []accel.ProfileItem{{Path: "bin/a", Bytes: 10}}}))
 	}
 	for n := range 20 {
@@ -61,7 +61,7 @@ func TestSlowRegistryHoldsNoOtherUp(t *testing.T) {
 	d := digest.Digest(h.String())
 	learn(host, d)
 	b.eventually("the other registry has its profile", func() bool {
-		list, err := b.client.Referrers(b.ctx, host+"/fast/app", d, accel.MediaTypeProfile)
+		list, err := b.client.Referrers(b.ctx, host+"/team/app", d, accel.MediaTypeProfile)
 		return err == nil && len(list) == 1
 	})
 }
