@@ -338,7 +338,8 @@ func readPaths(cmd *cobra.Command, file string) (list []string, err error) {
 func newProfileRm(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "rm IMAGE", Short: "Forget an image's profile with all recorded starts", Args: exactArgs("IMAGE"),
-		Long:    "The image's next starts are recorded anew; nothing is predicted for it again.",
+		Long: `The image's next starts are recorded anew; nothing is predicted for it again. Nodes drop what they recorded of it
+when they next ask the server for it; what was published in the registry is deleted.`,
 		Example: "  accel profile rm 127.0.0.1:5000/team/app:v1",
 	}
 	platform := platformFlag(cmd)
