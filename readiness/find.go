@@ -141,6 +141,19 @@ func (t *Tracker) Holder(ctx context.Context, repository, tag string) (accel.Rec
 	return e.Record, err
 }
 
+// PushedAt is when, by Options.Now's clock, an event moved a tag to the record id; zero where it points elsewhere, or where
+// the registry itself said so.
+func (t *Tracker) PushedAt(ctx context.Context, repository, tag, id string) (at time.Time, err error) {
+	err = t.store.View(ctx, func(tx Tx) error {
+		p, err := pointer(tx, repository, tag)
+		if err == nil && p.ID == id && !p.Observed {
+			at = p.MovedAt
+		}
+		return err
+	})
+	return at, err
+}
+
 // Mapping returns the signed envelope for a source platform manifest: of the repository alone, or, when that is empty,
 // of any that has it. ErrNotFound when there is none, or none whose target is believed to be there.
 func (t *Tracker) Mapping(ctx context.Context, repository string, manifest digest.Digest) ([]byte, error) {

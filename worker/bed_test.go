@@ -65,7 +65,7 @@ func newBed(t *testing.T, opts ...bedOption) *bed {
 
 	ro := readiness.Options{Params: convert.DefaultParams().Fingerprint(), BackoffMin: 10 * time.Millisecond, BackoffMax: 100 * time.Millisecond, ChildHold: 50 * time.Millisecond}
 	co := registry.Options{Hosts: []registry.Host{{Name: b.host, PlainHTTP: true}}, StallTimeout: 2 * time.Second, Backoff: 10 * time.Millisecond}
-	wo := worker.Options{Log: slog.New(slog.NewTextHandler(testWriter{t}, nil)), LeaseTime: 30 * time.Second}
+	wo := worker.Options{Log: slog.New(slog.NewTextHandler(testWriter{t}, nil)), LeaseTime: 30 * time.Second, TagSettle: time.Second}
 	for _, o := range opts {
 		o(b, &ro, &co, &wo)
 	}

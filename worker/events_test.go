@@ -106,6 +106,41 @@ func TestTwoTagsOneDigest(t *testing.T) {
 	}
 }
 
+// Registries may tell of a push before they move the tag: what they answer meanwhile is no newer push.
+func TestEventBeforeItsTag(t *testing.T) {
+	b := newBed(t)
+	at := time.Now().Add(-time.Minute)
+	b.tell("app:v1", b.upload("app:v1", image(t, 1, "amd64")), at, ociManifest)
+	former := b.wait("app:v1", accel.Ready)
+	two := image(t, 2, "amd64")
+	d := b.upload("app:other", two)
+	asked := make(chan struct{}, 100)
+	b.board.set(func(_ http.ResponseWriter, r *http.Request, _ http.Handler) bool {
+		if r.Method == http.MethodHead && strings.HasSuffix(r.URL.Path, "/app/manifests/v1") {
+			asked <- struct{}{}
+		}
+		return false
+	})
+	pushed := b.tell("app:v1", d, at.Add(time.Second), ociManifest)
+	<-asked
+	<-asked // it was answered with the former digest, and asks again
+	b.upload("app:v1", two)
+	if rec := b.wait("app:v1", accel.Ready); rec.Digest != d || slices.Contains(b.history(pushed.ID), accel.Superseded) {
+		t.Errorf("the tag is %s, want %s: %v", rec.Digest, d, b.history(pushed.ID))
+	}
+	if standing := b.standing("app", "v1-esgz"); standing == former.Target.Digest {
+		t.Error("the target tag did not follow")
+	}
+
+	// One whose tag does not come is out of date.
+	three := b.upload("app:other", image(t, 3, "amd64"))
+	late := b.tell("app:v1", three, at.Add(2*time.Second), ociManifest)
+	b.eventually("what the registry says at last counts", func() bool { return slices.Contains(b.history(late.ID), accel.Superseded) })
+	if rec := b.wait("app:v1", accel.Ready); rec.Digest != d {
+		t.Errorf("the tag is %s, want %s", rec.Digest, d)
+	}
+}
+
 func TestTagMovedBack(t *testing.T) {
 	b := newBed(t)
 	one, two := image(t, 1, "amd64"), image(t, 2, "amd64")

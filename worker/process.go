@@ -47,7 +47,7 @@ func (k *Worker) process(ctx context.Context, w readiness.Work, after *afterwork
 	for _, tag := range w.Tags {
 		// A registry may answer "not found" for a moment after a push. Whether a tag is
 		// gone is decided later, when the target tag is to be moved.
-		if _, err := observeTag(ctx, k.Tracker, k.Registry, w.Record, tag); err != nil && !errors.Is(err, accel.ErrNotFound) {
+		if _, err := k.tags.source.observe(ctx, w.Record, tag); err != nil && !errors.Is(err, accel.ErrNotFound) {
 			return err
 		}
 	}

@@ -135,6 +135,12 @@ func (r *Reconciler) tag(ctx context.Context, repository, tag string) error {
 	if err != nil && !errors.Is(err, accel.ErrNotFound) {
 		return err
 	}
+	if err == nil {
+		pushed, err := r.Tracker.PushedAt(ctx, repository, tag, holder.ID)
+		if err != nil || time.Since(pushed) < tagSettle {
+			return err // the registry may be about to move the tag; who converts the image looks at it
+		}
+	}
 	_, err = r.Tracker.ObserveAt(ctx, asked, repository, tag, d, string(desc.MediaType))
 	return err
 }

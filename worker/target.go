@@ -71,6 +71,7 @@ const maxTagBytes = 128
 // serialised, and the source is looked at again just before, so that an older
 // image never takes the tag from a newer one.
 type tagMover struct {
+	source   sourceTags
 	tracker  *readiness.Tracker
 	registry *registry.Client
 	target   Target
@@ -120,7 +121,7 @@ func (m *tagMover) moveOne(ctx context.Context, rec accel.Record, tag string, ta
 	}
 	defer unlock()
 
-	current, err := observeTag(ctx, m.tracker, m.registry, rec, tag)
+	current, err := m.source.observe(ctx, rec, tag)
 	if errors.Is(err, accel.ErrNotFound) {
 		return false, "", forgetTag(ctx, m.tracker, rec, tag)
 	}
@@ -147,21 +148,46 @@ func (m *tagMover) moveOne(ctx context.Context, rec accel.Record, tag string, ta
 	return true, targetTag, nil
 }
 
-// observeTag asks the registry whether tag still points at rec, and tells the
-// tracker where it points to another digest. The error is an accel.ErrNotFound
+const (
+	tagSettle = 5 * time.Second
+	// settlePause is between questions for a tag that is settling.
+	settlePause = 200 * time.Millisecond
+)
+
+// sourceTags are the tags of source images, as the registry has them.
+type sourceTags struct {
+	tracker  *readiness.Tracker
+	registry *registry.Client
+	settle   time.Duration // see Options.TagSettle
+}
+
+// observe asks the registry whether tag still points at rec, and tells the
+// tracker where it points to another digest, and not because it is about to be moved. The error is an accel.ErrNotFound
 // where the tag is gone.
-func observeTag(ctx context.Context, tracker *readiness.Tracker, client *registry.Client, rec accel.Record, tag string) (current bool, err error) {
-	asked := time.Now()
-	desc, err := client.Head(ctx, rec.Repository, tag)
-	if err != nil {
-		return false, fmt.Errorf("look at source tag %s:%s: %w", rec.Repository, tag, err)
+func (s sourceTags) observe(ctx context.Context, rec accel.Record, tag string) (current bool, err error) {
+	for {
+		asked := time.Now()
+		desc, err := s.registry.Head(ctx, rec.Repository, tag)
+		if err != nil {
+			return false, fmt.Errorf("look at source tag %s:%s: %w", rec.Repository, tag, err)
+		}
+		d := digest.Digest(desc.Digest.String())
+		if d == rec.Digest {
+			return true, nil
+		}
+		pushed, err := s.tracker.PushedAt(ctx, rec.Repository, tag, rec.ID)
+		if err != nil {
+			return false, err
+		}
+		if time.Since(pushed) >= s.settle {
+			_, err = s.tracker.ObserveAt(ctx, asked, rec.Repository, tag, d, string(desc.MediaType))
+			return false, err
+		}
+		sleep(ctx, settlePause)
+		if ctx.Err() != nil {
+			return false, context.Cause(ctx)
+		}
 	}
-	d := digest.Digest(desc.Digest.String())
-	if d == rec.Digest {
-		return true, nil
-	}
-	_, err = tracker.ObserveAt(ctx, asked, rec.Repository, tag, d, string(desc.MediaType))
-	return false, err
 }
 
 // forgetTag tells the tracker that a tag is gone from the registry.

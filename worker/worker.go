@@ -42,6 +42,9 @@ type Options struct {
 	// LeaseTime must equal the Tracker's; default 30 s. It is renewed three times
 	// as often.
 	LeaseTime time.Duration
+	// TagSettle is how long after a push the registry may still name the tag's former digest, since some tell of a push before they
+	// move the tag; 5 s where zero.
+	TagSettle time.Duration
 	// DeleteTargets removes the target when a check finds its source gone.
 	DeleteTargets bool
 	// Profiles is told of each image, and of what its starts are likely to read; nil: of none.
@@ -83,12 +86,15 @@ func New(o Options) (*Worker, error) {
 	if o.LeaseTime <= 0 {
 		o.LeaseTime = 30 * time.Second
 	}
+	if o.TagSettle == 0 {
+		o.TagSettle = tagSettle
+	}
 	metrics, err := newMetrics(o.Registerer)
 	if err != nil {
 		return nil, err
 	}
 	k := &Worker{Options: o, metrics: metrics, foretelling: make(chan struct{}, maxForetells)}
-	k.tags = tagMover{tracker: o.Tracker, registry: o.Registry, target: o.Target}
+	k.tags = tagMover{source: sourceTags{o.Tracker, o.Registry, o.TagSettle}, tracker: o.Tracker, registry: o.Registry, target: o.Target}
 	return k, nil
 }
 
