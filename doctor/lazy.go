@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"accel/install"
 	"accel/trust"
@@ -40,7 +41,7 @@ func (o *Options) lazy(ctx context.Context) []Finding {
 		found = append(found, o.device("/dev/loop-control", "loop"))
 	}
 	found = append(found, o.runtimeDir(), o.mountable(), o.keys())
-	found = append(found, o.privileged(ctx)...)
+	found = append(found, o.served(ctx)...)
 	return append(found, o.asked(ctx, *s)...)
 }
 
@@ -111,8 +112,8 @@ func (o *Options) keys() Finding {
 	return ok("lazy", "mappings signed by the keys in "+o.KeysFile+" are believed")
 }
 
-// privileged: only root may mount. Whether the node runs at all is another finding.
-func (o *Options) privileged(ctx context.Context) []Finding {
+// served: only root may mount, and what serves the mounts has to live. Whether the node runs at all is another finding.
+func (o *Options) served(ctx context.Context) []Finding {
 	ctx, cancel := context.WithTimeout(ctx, o.Patience)
 	defer cancel()
 	s, err := o.Node.Status(ctx)
@@ -126,7 +127,12 @@ func (o *Options) privileged(ctx context.Context) []Finding {
 	if owner, known := st.Sys().(*syscall.Stat_t); known && owner.Uid != 0 {
 		return []Finding{warn("lazy", fmt.Sprintf("the node runs as user %d, who may not mount: images are pulled in full", owner.Uid), "run it as root, as the unit of accel node install does")}
 	}
-	return []Finding{ok("lazy", "the node runs as root")}
+	found := []Finding{ok("lazy", "the node runs as root")}
+	if at := s.HolderDiedAt; at != nil {
+		found = append(found, warn("lazy", "the process that serves lazy mounts died at "+at.Local().Format(time.DateTime)+": containers from before get I/O errors for what they had not read",
+			"start them anew; new containers have mounts that work. The log of the node and the kernel's (out of memory?) say why. The finding goes with the daemon's next start"))
+	}
+	return found
 }
 
 // asked says whether containerd asks the node for snapshots, and the node answers.

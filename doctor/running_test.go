@@ -220,7 +220,7 @@ func TestRunningNode(t *testing.T) {
 	m.want(found, OK, "n1 runs since")
 	m.want(found, OK, "the mirror answers")
 	if os.Geteuid() == 0 {
-		m.want(m.o.privileged(ctx), OK, "runs as root")
+		m.want(m.o.served(ctx), OK, "runs as root")
 	}
 	m.o.Install.Mirror = "http://127.0.0.1:1"
 	m.want(m.o.daemon(ctx), Fail, "does not answer")

@@ -117,6 +117,7 @@ type Lazy struct {
 	// expected images are likely to be asked for; see Expect.
 	expected map[imageKey]*prospect
 	open     map[digest.Digest]*openLayer
+	diedAt   time.Time // see HolderDiedAt
 }
 
 // openLayer is a layer that the mounts have, or are about to.

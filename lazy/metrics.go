@@ -3,6 +3,7 @@ package lazy
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
@@ -114,6 +115,7 @@ func (l *Lazy) holderDied(layers []digest.Digest) {
 	l.o.Log.Error("the process that serves lazy mounts has died: running containers get I/O errors for what they had not read; new ones are not affected", "layers", len(layers))
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.diedAt = time.Now()
 	if ctx := l.running; ctx != nil && ctx.Err() == nil && l.o.Remount != nil {
 		l.work.Go(func() {
 			if err := l.o.Remount(ctx, layers); err != nil && ctx.Err() == nil {
@@ -121,4 +123,11 @@ func (l *Lazy) holderDied(layers []digest.Digest) {
 			}
 		})
 	}
+}
+
+// HolderDiedAt is when, of this daemon, the process that serves lazy mounts died last; zero: it has not.
+func (l *Lazy) HolderDiedAt() time.Time {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.diedAt
 }

@@ -29,6 +29,8 @@ type Status struct {
 	// reached just now.
 	Server        string `json:"server,omitempty"`
 	ServerProblem string `json:"serverProblem,omitempty"`
+	// HolderDiedAt is when the process that serves lazy mounts died last, since the daemon started.
+	HolderDiedAt *time.Time `json:"holderDiedAt,omitempty"`
 }
 
 // CheckProgress is one line of the answer to a check: how far it is, or with Report or Error
@@ -140,6 +142,11 @@ func (n *Node) status() Status {
 		s.Server = n.server.Server()
 		if err := n.server.problem(); err != nil {
 			s.ServerProblem = err.Error()
+		}
+	}
+	if n.mounts != nil {
+		if at := n.mounts.lazy.HolderDiedAt(); !at.IsZero() {
+			s.HolderDiedAt = &at
 		}
 	}
 	return s

@@ -265,6 +265,10 @@ func TestHolderKilled(t *testing.T) {
 	if !strings.Contains(b.node.log.String(), "has died") {
 		t.Errorf("the log does not tell of the holder's death:\n%s", b.node.log)
 	}
+	// Of a test's machine doctor finds other things amiss too.
+	if said, _ := accelCommand("doctor", "--config", b.node.config); !strings.Contains(said, "serves lazy mounts died at") {
+		t.Errorf("accel doctor does not tell of the holder's death: %s", said)
+	}
 }
 
 // TestReboot: all processes and mounts go, the disk stays; what was complete starts without a registry.
