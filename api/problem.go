@@ -108,3 +108,9 @@ type remoteError struct {
 
 func (e *remoteError) Error() string { return e.words }
 func (e *remoteError) Unwrap() error { return e.is }
+
+// Refused reports whether a server said that the request makes no sense, such as the name of an image.
+func Refused(err error) bool {
+	var remote *remoteError
+	return errors.As(err, &remote) && errors.Is(remote.is, accel.ErrInvalid)
+}

@@ -11,6 +11,8 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+
+	"accel/api"
 )
 
 // Exit codes, as every verb's --help tells.
@@ -42,6 +44,9 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	var coded exitError
 	if !errors.As(err, &coded) {
 		coded = exitError{err, exitFailed}
+		if api.Refused(err) {
+			coded.code = exitUsage
+		}
 	}
 	fmt.Fprintln(stderr, "accel:", coded.error)
 	return coded.code

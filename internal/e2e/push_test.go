@@ -219,6 +219,7 @@ func TestWaitExitCodes(t *testing.T) {
 		{"ok:v1", "1m", 0, "v1-esgz@sha256:"},
 		{"big:v1", "1m", 1, "policy.max_uncompressed_size"},
 		{"never:v1", "300ms", 3, "not known"},
+		{"Not A Name", "1s", 2, "Not A Name"},
 	} {
 		cmd := exec.Command(path, "wait", u.registry+"/"+c.image, "--timeout", c.timeout, "--server", u.client.Server())
 		out, err := cmd.CombinedOutput()
