@@ -159,7 +159,7 @@ func TestListPathsOfAConvertedImage(t *testing.T) {
 		text string
 		code int
 	}{
-		"nothing of the image": {"/no/such\n", exitFailed}, "a million lines": {strings.Repeat("/\n", 1_000_000), exitUsage}, "too many lines": {strings.Repeat("/\n", profile.MaxListed+1), exitUsage},
+		"nothing of the image": {"/no/such\n", exitUsage}, "a million lines": {strings.Repeat("/\n", 1_000_000), exitUsage}, "too many lines": {strings.Repeat("/\n", profile.MaxListed+1), exitUsage},
 		"a zero byte": {"/app\x00\n", exitUsage}, "a long name": {strings.Repeat("a/", 3000), exitUsage},
 	} {
 		must(t, os.WriteFile(file, []byte(c.text), 0o600))
