@@ -179,6 +179,14 @@ func (s *starts) imageOf(layers []digest.Digest) *image {
 	return nil
 }
 
+// ambiguous reports whether another image that was asked for has the same layers. s.mu is held.
+func (s *starts) ambiguous(img *image) bool {
+	sameLayers := func(a, b layer) bool { return a.Digest == b.Digest }
+	return slices.ContainsFunc(s.images.Values(), func(other *image) bool {
+		return other.manifest != img.manifest && slices.EqualFunc(other.layers, img.layers, sameLayers)
+	})
+}
+
 // begin says whether the start of a container is recorded.
 func (s *starts) begin(e snapshot.Event, node string) *recording {
 	s.mu.Lock()
@@ -187,8 +195,14 @@ func (s *starts) begin(e snapshot.Event, node string) *recording {
 	if img == nil {
 		return nil
 	}
-	// One more container of an image whose start is under way reads what the first does.
+	// One more container of an image whose start is under way reads what the first does. Where images differ in their config
+	// alone, nobody says whose it is.
 	if r := s.under[img.layers[len(img.layers)-1].Digest]; r != nil && r.img.manifest == img.manifest {
+		if s.ambiguous(img) {
+			for d := range r.layers {
+				r.cutOff(d)
+			}
+		}
 		return nil
 	}
 	r := &recording{img: img, began: e.Began, layers: map[digest.Digest]bool{}, cut: map[digest.Digest]time.Time{}}

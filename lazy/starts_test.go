@@ -142,6 +142,25 @@ func TestSharedLayersAreCutOff(t *testing.T) {
 	}
 }
 
+// Two images that have the same layers and another command each: which one a container is of is not known.
+func TestImagesThatDifferInTheirConfig(t *testing.T) {
+	a, b := imageWith("a", "base", "app"), imageWith("b", "base", "app")
+	s := startsOf(t, a, b)
+	s.mount(a)
+	first := s.begin(prepared(a), "n1")
+	if first == nil {
+		t.Fatal("the first is not recorded")
+	}
+	if s.begin(prepared(b), "n1") != nil {
+		t.Error("the second is recorded too")
+	}
+	for _, d := range []string{"base", "app"} {
+		if _, cut := first.until(named(d)); !cut {
+			t.Errorf("what the second reads of %s counts for the first", d)
+		}
+	}
+}
+
 func TestRecordingsAreBounded(t *testing.T) {
 	var images []*image
 	for i := range 2 * maxStarts {
