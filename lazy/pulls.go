@@ -109,25 +109,38 @@ func (u *pull) of(r snapshot.Request) bool {
 	return u.mounted.IsZero() && u.img.manifest == r.Manifest && u.name == r.Reference && u.namespace == r.Namespace
 }
 
-// told notes what became of a layer that was asked for.
+// told notes what became of a layer that containerd asks for.
 func (p *pulls) told(e snapshot.Event) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, u := range p.under {
-		i, known := u.img.chains[e.Request.Chain]
-		if !known || !u.of(e.Request) || !u.pending || u.asked != i {
-			continue
+	var u *pull
+	for _, one := range p.under {
+		if i, known := one.img.chains[e.Request.Chain]; known && one.of(e.Request) && one.pending && one.asked == i {
+			u = one
+			break
 		}
-		u.pending, u.touched = false, time.Now()
-		if e.Kind == snapshot.KindDeclined {
-			u.declined = true
-		} else {
-			u.there = u.touched
+	}
+	if u == nil && e.Kind == snapshot.KindDeclined { // before it came to asked
+		for _, one := range p.under {
+			if i, known := one.img.chains[e.Request.Chain]; known && one.of(e.Request) {
+				if u = p.goesOn(e.Request, i); u != nil {
+					u.asked = i
+				}
+				break
+			}
 		}
-		if i == len(u.img.layers)-1 {
-			u.mounted = u.touched
-		}
+	}
+	if u == nil {
 		return
+	}
+	u.pending, u.touched = false, time.Now()
+	if e.Kind == snapshot.KindDeclined {
+		u.declined = true
+	} else {
+		u.there = u.touched
+	}
+	if u.asked == len(u.img.layers)-1 {
+		u.mounted = u.touched
 	}
 }
 

@@ -254,6 +254,14 @@ func TestPullsOfWhichLayersAreDownloaded(t *testing.T) {
 	m.gets(img, snapshot.KindDeclined, 0)
 	m.pass(pullTime + time.Second)
 	m.recorded(0)
+
+	m.gets(img, snapshot.KindMounted, 0)
+	m.told(img, 1, snapshot.KindDeclined) // because of the image, so that it was no layer of one that is mounted
+	m.pass(time.Minute)
+	m.gets(img, snapshot.KindMounted, 2)
+	m.recorded(0)
+	m.told(img, 0, snapshot.KindDeclined) // of an image that is not mounted at all
+	m.recorded(0)
 }
 
 func TestPullsAreBounded(t *testing.T) {
