@@ -113,23 +113,7 @@ func (u *pull) of(r snapshot.Request) bool {
 func (p *pulls) told(e snapshot.Event) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	var u *pull
-	for _, one := range p.under {
-		if i, known := one.img.chains[e.Request.Chain]; known && one.of(e.Request) && one.pending && one.asked == i {
-			u = one
-			break
-		}
-	}
-	if u == nil && e.Kind == snapshot.KindDeclined { // before it came to asked
-		for _, one := range p.under {
-			if i, known := one.img.chains[e.Request.Chain]; known && one.of(e.Request) {
-				if u = p.goesOn(e.Request, i); u != nil {
-					u.asked = i
-				}
-				break
-			}
-		}
-	}
+	u := p.concerned(e)
 	if u == nil {
 		return
 	}
@@ -142,6 +126,30 @@ func (p *pulls) told(e snapshot.Event) {
 	if u.asked == len(u.img.layers)-1 {
 		u.mounted = u.touched
 	}
+}
+
+// concerned finds the pull that an event tells of; nil: none that is known. Of a layer that was declined because of its image
+// nobody was told that it was asked for. p.mu is held.
+func (p *pulls) concerned(e snapshot.Event) *pull {
+	at := -1
+	for _, u := range p.under {
+		i, known := u.img.chains[e.Request.Chain]
+		if !known || !u.of(e.Request) {
+			continue
+		}
+		if u.pending && u.asked == i {
+			return u
+		}
+		at = i
+	}
+	if e.Kind != snapshot.KindDeclined || at < 0 {
+		return nil
+	}
+	u := p.goesOn(e.Request, at)
+	if u != nil {
+		u.asked = at
+	}
+	return u
 }
 
 // quiet ends the pulls of which nothing was told for a while, as of when something was. p.mu is held.
