@@ -53,7 +53,8 @@ type pull struct {
 	mounted   time.Time // when all layers were, or the last that is known of; zero: it goes on
 	declined  bool      // containerd downloads layers of it, so that package meter counts it
 	answer    time.Time // of the first read that had to wait; zero: none did
-	// Of its layers: when it started, and when a further pull of the image did, whose bytes are those that come from then on; nil: none did.
+	followed  bool      // by a further pull of the image
+	// Of its layers: when it started, and when a further pull with the layer did, whose bytes are those that come from then on.
 	before, after map[digest.Digest]counts
 }
 
@@ -79,18 +80,27 @@ func (p *pulls) asked(img *image, r snapshot.Request, since time.Time) {
 		if len(p.under) >= maxPulls {
 			return
 		}
-		u = &pull{img: img, name: r.Reference, namespace: r.Namespace, start: since, before: map[digest.Digest]counts{}}
+		u = &pull{img: img, name: r.Reference, namespace: r.Namespace, start: since, before: map[digest.Digest]counts{}, after: map[digest.Digest]counts{}}
 		for _, y := range img.layers {
 			u.before[y.Digest] = p.counts(y.Digest)
 		}
 		for _, earlier := range p.under {
-			if earlier.img.manifest == img.manifest && earlier.after == nil {
-				earlier.after = u.before
-			}
+			earlier.followed = earlier.followed || earlier.img.manifest == img.manifest
+			earlier.passTo(u)
 		}
 		p.under = append(p.under, u)
 	}
 	u.asked, u.pending, u.touched = i, true, now
+}
+
+// passTo leaves what comes of the layers that both have to a later pull, so that nothing is counted twice.
+func (u *pull) passTo(later *pull) {
+	for d, c := range later.before {
+		_, of := u.before[d]
+		if _, passed := u.after[d]; of && !passed {
+			u.after[d] = c
+		}
+	}
 }
 
 // goesOn finds the pull that comes to a layer now; nil: a new one begins. Where several clients pull the image at once, it is the one
@@ -166,7 +176,8 @@ func (p *pulls) answered(d digest.Digest) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, u := range p.under {
-		if _, of := u.before[d]; of && u.answer.IsZero() && u.after == nil {
+		_, of := u.before[d]
+		if _, passed := u.after[d]; of && !passed && u.answer.IsZero() {
 			u.answer = time.Now()
 		}
 	}
@@ -189,7 +200,7 @@ func (p *pulls) look(now time.Time, ends bool) {
 		if u.there.IsZero() {
 			return true // containerd did not want it after all
 		}
-		if !complete && !ends && u.after == nil && now.Sub(u.start) <= pullTime {
+		if !complete && !ends && !u.followed && now.Sub(u.start) <= pullTime {
 			return false
 		}
 		done = append(done, result)
@@ -212,11 +223,11 @@ func (u *pull) result(now time.Time, current func(digest.Digest) counts) (_ acce
 	}
 	complete = true
 	for d, before := range u.before {
-		c, frozen := u.after[d]
-		if !frozen {
-			c = current(d)
-		}
+		c := current(d)
 		complete = complete && c.size > 0 && c.present == c.size
+		if then, passed := u.after[d]; passed {
+			c = then
+		}
 		out.RegistryBytes += max(0, c.fetched-before.fetched)
 		out.CacheBytes += before.present + max(0, c.copied-before.copied)
 		out.Lazy.Misses += max(0, c.misses-before.misses)

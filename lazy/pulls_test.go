@@ -156,6 +156,17 @@ func TestPullsOfImagesThatShareAllLayers(t *testing.T) {
 	m.gets(two, snapshot.KindShared, 1)
 	m.within(m.recorded(0, two)[0], 3*time.Second)
 
+	top := one.layers[1].Digest // what comes counts once
+	m.now[top] = counts{size: 100}
+	m.gets(one, snapshot.KindMounted, 0, 1)
+	m.now[top] = counts{size: 100, fetched: 30, present: 30}
+	m.gets(two, snapshot.KindShared, 0, 1)
+	m.recorded(2)
+	m.now[top] = counts{size: 100, fetched: 100, present: 100}
+	if got := m.recorded(0, one, two); got[0].RegistryBytes != 30 || got[1].RegistryBytes != 70 || got[0].Lazy.Complete == 0 {
+		t.Errorf("recorded %+v", got)
+	}
+
 	m.gets(one, snapshot.KindShared, 0) // both at once
 	m.gets(two, snapshot.KindShared, 0, 1)
 	m.within(m.recorded(1, two)[0], 0)
