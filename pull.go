@@ -55,8 +55,9 @@ type Pull struct {
 	// Reason says in words why an outcome is error, or what was unusual ("the
 	// registry knows no ranges").
 	Reason string `json:"reason,omitempty"`
-	// Lazy says more of a pull whose Mode is PullLazy; zero for others. Its Duration ends when the image is
-	// mounted, and its bytes are those that came until the image was complete, or for two minutes.
+	// Lazy says more of a pull whose Mode is PullLazy; zero for others. Its Duration ends when containerd has
+	// the image's topmost layer, mounted or there already, and its bytes are those that came until the image was complete, or
+	// for two minutes, or until a further pull of it began.
 	Lazy LazyPull `json:"lazy,omitzero"`
 }
 

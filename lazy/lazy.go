@@ -152,7 +152,7 @@ func New(o Options) (*Lazy, error) {
 		return nil, fmt.Errorf("%w: lazy mounts need folders, a store, registries, keys and a holder", accel.ErrInvalid)
 	}
 	l := &Lazy{o: o, origins: origins{filepath.Join(o.Dir, "origins")}, slots: make(chan struct{}, openings), plans: make(chan struct{}, plannings), tocs: semaphore.NewWeighted(accel.MaxTOCBytes), boots: make(chan struct{}, boots), checks: make(chan digest.Digest, 1024), open: map[digest.Digest]*openLayer{}, expected: map[imageKey]*prospect{}}
-	l.pulls = pulls{record: o.Record, counts: l.counts, under: map[digest.Digest]*pull{}}
+	l.pulls = pulls{record: o.Record, counts: l.counts}
 	l.o.GrantTTL = cmp.Or(o.GrantTTL, defaultGrantTTL)
 	l.o.GrantGrace = cmp.Or(o.GrantGrace, defaultGrantGrace)
 	if o.SetAside == nil {
@@ -261,6 +261,7 @@ func (l *Lazy) Close() error { return l.host.Close() }
 
 // Layer implements snapshot.Images: which layer is to be mounted for one of an image.
 func (l *Lazy) Layer(ctx context.Context, r snapshot.Request) (snapshot.Lazy, error) {
+	began := time.Now()
 	ref, err := l.reference(r.Reference)
 	if err != nil {
 		return snapshot.Lazy{}, err
@@ -279,7 +280,7 @@ func (l *Lazy) Layer(ctx context.Context, r snapshot.Request) (snapshot.Lazy, er
 	if !known || img.layers[i].source != r.Layer {
 		return snapshot.Lazy{}, declined("layer %s is not one of image %s under chain ID %s", r.Layer, r.Reference, r.Chain)
 	}
-	l.pulls.asked(img)
+	l.pulls.asked(img, r, began)
 	l.starts.asked(img)
 	return snapshot.Lazy{Layer: img.layers[i].Digest}, nil
 }

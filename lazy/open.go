@@ -224,9 +224,6 @@ func (l *Lazy) Mount(ctx context.Context, d digest.Digest, target string) error 
 			err = l.mount(ctx, d, target)
 		}
 	}
-	if err == nil {
-		l.pulls.mounted(d)
-	}
 	return err
 }
 

@@ -269,11 +269,15 @@ func (s *starts) more(manifest digest.Digest, wanted bool) {
 	}
 }
 
-// Observe takes what package snapshot tells: a layer has its snapshot, or a container is about to start.
+// Observe takes what package snapshot tells: a layer has its snapshot or is downloaded, or a container is about to start.
 func (l *Lazy) Observe(e snapshot.Event) {
 	switch e.Kind {
 	case snapshot.KindMounted, snapshot.KindShared:
+		l.pulls.told(e)
 		l.placed(e)
+		return
+	case snapshot.KindDeclined:
+		l.pulls.told(e)
 		return
 	case snapshot.KindPrepared:
 	default:

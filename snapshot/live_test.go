@@ -183,9 +183,21 @@ func (n *node) lost(image string) digest.Digest {
 func TestTwoNamespaces(t *testing.T) {
 	n := newNode(t, testbed.Containerd2, "")
 	image := n.app("team/app:v1", 3)
-	for _, ns := range []string{"one", "two"} {
+	for _, ns := range []string{"one", "two", "two"} { // of what a namespace has, nothing is asked for
 		_, err := n.containerd.Ctr(n.ctx, "-n", ns, "images", "pull", "--snapshotter", "accel", image)
 		n.check(err)
+	}
+	n.mu.Lock()
+	var told []string
+	for _, e := range n.events {
+		told = append(told, fmt.Sprintf("%s %s, %d with those above, %t", e.Request.Namespace, e.Kind, len(e.Request.Layers), e.Request.Manifest == n.events[0].Request.Manifest))
+	}
+	n.mu.Unlock()
+	if want := []string{
+		"one mounted, 3 with those above, true", "one mounted, 2 with those above, true", "one mounted, 1 with those above, true",
+		"two shared, 3 with those above, true", "two shared, 2 with those above, true", "two shared, 1 with those above, true",
+	}; !slices.Equal(told, want) {
+		t.Errorf("told %q, want %q", told, want)
 	}
 	n.requireLazy()
 	if lazy := len(n.Lazy()); lazy != 3 {

@@ -23,7 +23,8 @@ func newPulls(g *globals) *cobra.Command {
 		Use: "pulls", Short: "List measured pulls, the latest first", Args: noArgs, Annotations: map[string]string{listsCSV: ""},
 		Long: `Lists the pulls that nodes reported: what was pulled where, how long it took, where
 its layer bytes came from. Outcome: hit (nothing from the registry), partial, miss (all
-from the registry), error. Times are RFC 3339 or a date (UTC). --output csv too.`,
+from the registry), error. Mode: mirror (blobs through the node's mirror) or lazy (mounted
+before its content was there). Times are RFC 3339 or a date (UTC). --output csv too.`,
 		Example: "  accel pulls\n  accel pulls --image registry.example/team/app --outcome error\n  accel pulls --from 2026-01-01 --limit 0 -o csv",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o.Outcome = accel.Outcome(outcome)
@@ -51,9 +52,9 @@ from the registry), error. Times are RFC 3339 or a date (UTC). --output csv too.
 				return writePulls(cmd.OutOrStdout(), pulls)
 			}
 			return g.print(cmd, pulls, func(w *tabwriter.Writer) {
-				fmt.Fprintln(w, "STARTED\tTOOK\tOUTCOME\tREGISTRY\tPEER\tCACHE\tNODE\tTENANT\tIMAGE\tREASON")
+				fmt.Fprintln(w, "STARTED\tTOOK\tMODE\tOUTCOME\tREGISTRY\tPEER\tCACHE\tNODE\tTENANT\tIMAGE\tREASON")
 				for _, p := range pulls {
-					fmt.Fprintf(w, "%s\t%.2fs\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Start.Local().Format(time.DateTime), p.Duration.Seconds(), p.Outcome,
+					fmt.Fprintf(w, "%s\t%.2fs\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Start.Local().Format(time.DateTime), p.Duration.Seconds(), p.Mode, p.Outcome,
 						bytesText(p.RegistryBytes), bytesText(p.PeerBytes), bytesText(p.CacheBytes), p.Node, p.Tenant, p.Image, p.Reason)
 				}
 			})

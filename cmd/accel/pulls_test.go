@@ -4,6 +4,7 @@ import (
 	"encoding/csv"
 	"encoding/json"
 	"fmt"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -58,7 +59,8 @@ func TestPullsAndUsageCommands(t *testing.T) {
 		return all
 	}
 
-	if out := ask("pulls"); strings.Count(out, "\n") != 6 || !strings.Contains(out, "reset the connection") || !strings.Contains(out, "100.0 MB") {
+	if out := ask("pulls"); strings.Count(out, "\n") != 6 || !strings.Contains(out, "reset the connection") || !strings.Contains(out, "100.0 MB") ||
+		!regexp.MustCompile(`(?m)^STARTED +TOOK +MODE +OUTCOME `).MatchString(out) || !strings.Contains(out, " mirror ") {
 		t.Errorf("%s", out)
 	}
 	if all := rows("pulls", "--tenant", "t1", "-o", "csv"); len(all) != 4 || all[0][1] != "image" || all[1][13] != "the registry reset the connection, twice" {
