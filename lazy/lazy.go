@@ -107,6 +107,7 @@ type Lazy struct {
 
 	starts    *starts
 	profiles  profiles
+	images    mountables
 	reports   reports
 	reporting sync.Mutex // one report is made at a time
 
@@ -160,9 +161,9 @@ func New(o Options) (*Lazy, error) {
 	if o.Record == nil {
 		l.pulls.record = func(accel.Pull) {}
 	}
-	l.liars.dir = filepath.Join(o.Dir, "liars")
+	l.liars.dir, l.images.dir = filepath.Join(o.Dir, "liars"), filepath.Join(o.Dir, "images")
 	l.profiles.dir, l.reports = filepath.Join(o.Dir, "profiles"), reports{dir: filepath.Join(o.Dir, "starts"), wake: make(chan struct{}, 1)}
-	for _, dir := range []string{l.origins.dir, l.liars.dir, l.profiles.dir, l.reports.dir} {
+	for _, dir := range []string{l.origins.dir, l.liars.dir, l.images.dir, l.profiles.dir, l.reports.dir} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
 		}
@@ -202,10 +203,10 @@ func (l *Lazy) Adopt(ctx context.Context, layers []digest.Digest) error {
 			l.o.Log.Error("a mounted layer cannot be opened; reads of what it lacks fail", "layer", d, "error", err)
 		}
 	}
-	return l.origins.sweep(func(d digest.Digest) bool {
+	return errors.Join(l.images.sweep(0, l.absent), l.origins.sweep(func(d digest.Digest) bool {
 		_, err := l.o.Store.Layer(d)
 		return err == nil
-	})
+	}))
 }
 
 func (l *Lazy) adopt(ctx context.Context, d digest.Digest) error {
@@ -406,7 +407,14 @@ func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey, k
 	}
 	img.planned = make(chan struct{})
 	boot := l.boot(running, img, p)
-	if err := l.prepare(ctx, img, boot); err != nil {
+	noted := make(chan struct{})
+	go func() { // while the layers' tables come
+		defer close(noted)
+		l.note(img)
+	}()
+	err = l.prepare(ctx, img, boot)
+	<-noted
+	if err != nil {
 		boot.end(false)
 		cancel()
 		release()
