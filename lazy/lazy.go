@@ -280,7 +280,7 @@ func (l *Lazy) Layer(ctx context.Context, r snapshot.Request) (snapshot.Lazy, er
 		return snapshot.Lazy{}, declined("layer %s is not one of image %s under chain ID %s", r.Layer, r.Reference, r.Chain)
 	}
 	l.pulls.asked(img)
-	l.starts.asked(img)
+	l.starts.askedAs(nameIn(ref.Name(), ref), img)
 	return snapshot.Lazy{Layer: img.layers[i].Digest}, nil
 }
 

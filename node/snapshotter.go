@@ -264,6 +264,18 @@ func (n *Node) answered(a Answered) error {
 	return n.mounts.lazy.Answered(a.Container, a.Failed)
 }
 
+// RecordNext names an image whose next start is to be recorded.
+type RecordNext struct {
+	Image string `json:"image" minLength:"1" maxLength:"1024" doc:"by the name that it is about to be pulled by"`
+}
+
+func (n *Node) recordNext(r RecordNext) error {
+	if n.mounts == nil {
+		return fmt.Errorf("%w: this node mounts nothing", accel.ErrNotFound)
+	}
+	return n.mounts.lazy.RecordNext(r.Image)
+}
+
 // FetchAhead says whether anything is fetched ahead of an image's starts.
 type FetchAhead struct {
 	Manifest digest.Digest `json:"manifest" doc:"digest of the platform's manifest"`

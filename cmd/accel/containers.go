@@ -104,15 +104,23 @@ func credentials(ctx context.Context, own *registry.Client, host string) (user, 
 	}
 }
 
-// pull brings an image for a snapshotter, asking it for every layer first.
-func (c *containers) pull(ctx context.Context, image, snapshotter string) (containerd.Image, error) {
+// pullName is what an image is pulled by.
+func pullName(image string) (string, error) {
 	ref, err := accel.ParseReference(image)
 	if err != nil {
-		return nil, usage(err)
+		return "", usage(err)
 	}
-	name := ref.Name() + "@" + ref.Digest.String()
-	if ref.Digest == "" {
-		name = ref.Name() + ":" + ref.Tag
+	if ref.Digest != "" {
+		return ref.Name() + "@" + ref.Digest.String(), nil
+	}
+	return ref.Name() + ":" + ref.Tag, nil
+}
+
+// pull brings an image for a snapshotter, asking it for every layer first.
+func (c *containers) pull(ctx context.Context, image, snapshotter string) (containerd.Image, error) {
+	name, err := pullName(image)
+	if err != nil {
+		return nil, err
 	}
 	img, err := c.client.Pull(ctx, name, containerd.WithPullUnpack, containerd.WithPullSnapshotter(snapshotter), containerd.WithResolver(c.resolver),
 		containerd.WithImageHandlerWrapper(snapshotters.AppendInfoHandlerWrapper(name)))

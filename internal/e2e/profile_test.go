@@ -117,6 +117,14 @@ func TestProfileRecord(t *testing.T) {
 	}
 	b.gone()
 	b.awaitProfile(manifestOf(t, img), accel.ProfileRecorded)
+	// Once more, with all that it read in the cache.
+	said, err = record("-o", "json")
+	must(t, err)
+	must(t, json.Unmarshal([]byte(said), &r))
+	if r.Start.End != "answered" || r.Start.Files < 50 {
+		t.Errorf("recorded again %s", said)
+	}
+	b.gone()
 }
 
 // TestBench is `accel bench`: each way is measured from a machine without the image, nothing is left behind, and what other
