@@ -51,7 +51,7 @@ func (c *Contents) Remove(ctx context.Context, what string) (r cache.Report, err
 	owners := c.owners()
 	for _, d := range all {
 		if by := owners[d]; len(by) > 0 {
-			return r, fmt.Errorf("%w: %s of %s is pinned by %s", accel.ErrConflict, d, what, strings.Join(by, ", "))
+			return r, fmt.Errorf("%w: %s of %s is pinned by %s%s", accel.ErrConflict, d, what, strings.Join(by, ", "), release(by))
 		}
 	}
 	var errs []error
@@ -63,6 +63,26 @@ func (c *Contents) Remove(ctx context.Context, what string) (r cache.Report, err
 		errs = append(errs, err)
 	}
 	return r, errors.Join(append(errs, missing)...)
+}
+
+// release says how owners are made to let go of what they hold.
+func release(owners []string) (how string) {
+	person, mounted := "", false
+	for _, by := range owners {
+		name, isPerson := strings.CutPrefix(by, pinOwner(""))
+		if isPerson {
+			person = name
+		}
+		mounted = mounted || strings.HasPrefix(by, snapshotPins)
+	}
+	if person != "" {
+		how += fmt.Sprintf("; a person pinned it: accel cache unpin %s", person)
+	}
+	if mounted {
+		how += "; an image or a container of containerd has it mounted, and has to go first: see ctr namespaces ls, then " +
+			"ctr -n NAMESPACE containers ls, and ctr -n NAMESPACE images ls and rm"
+	}
+	return how
 }
 
 // mountedBy is the manifest that something may be mounted for by a name or digest; empty: nothing is, as far as is known.
