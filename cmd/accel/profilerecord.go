@@ -65,7 +65,7 @@ more than 127.0.0.1. Exit codes: 0 recorded, 1 it did not answer in time or coul
 		if port < 1 || port > 65535 || limit <= 0 {
 			return usage(fmt.Errorf("--port %d, --startup-timeout %s: want a port and a time", port, limit))
 		}
-		r, err := conf.record(cmd.Context(), args[0], args[1:], port, limit)
+		r, err := conf.record(cmd.Context(), args[0], args[1:], port, limit, func(line string) { fmt.Fprintln(cmd.ErrOrStderr(), line) })
 		if err != nil {
 			return err
 		}
@@ -75,20 +75,20 @@ more than 127.0.0.1. Exit codes: 0 recorded, 1 it did not answer in time or coul
 }
 
 // record starts an image once and has its start recorded. Nothing of that stays.
-func (c *nodeConfig) record(ctx context.Context, image string, args []string, port int, limit time.Duration) (r recorded, err error) {
+func (c *nodeConfig) record(ctx context.Context, image string, args []string, port int, limit time.Duration, say func(string)) (r recorded, err error) {
 	live := node.NewClient(c.Socket)
 	defer live.Close()
 	if _, err := live.Starts(ctx); err != nil {
 		return r, fmt.Errorf("a start is recorded by this machine's node: %w (--socket)", err)
 	}
-	if err := free(ctx, port); err != nil {
-		return r, err
-	}
-	all, ctx, err := c.containers(ctx, recordNamespace)
+	all, ctx, err := c.containers(ctx, recordNamespace, live, say)
 	if err != nil {
 		return r, err
 	}
-	defer func() { err = errors.Join(err, all.client.Close()) }()
+	defer func() { err = errors.Join(err, all.close()) }()
+	if err := free(ctx, port); err != nil { // what was left may have had it
+		return r, err
+	}
 	name, err := pullName(image)
 	if err != nil {
 		return r, err
