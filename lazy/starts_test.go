@@ -127,11 +127,11 @@ func TestWantedStartsAreRecorded(t *testing.T) {
 		t.Fatal("another name of it is wanted")
 	}
 	s.askedAs(img.name, img)
-	r := (*recording)(nil)
 	if !s.mount(img) {
 		t.Fatal("its layers are not watched")
 	}
-	if r = s.begin(prepared(img), "n1"); r == nil {
+	r := s.begin(prepared(img), "n1")
+	if r == nil {
 		t.Fatal("it is not recorded")
 	}
 	again := prepared(img)
