@@ -1,10 +1,12 @@
 package lazy
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -93,6 +95,9 @@ func (m *mountables) put(img *image) error {
 // named is the manifest that was looked at last under a name; empty: none was.
 func (m *mountables) named(name string) (digest.Digest, error) {
 	files, err := filesIn(m.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
 	if err != nil {
 		return "", err
 	}
@@ -157,9 +162,13 @@ func (l *Lazy) LayersOf(manifest digest.Digest) []digest.Digest {
 	if img, known := l.starts.images.Get(manifest); known {
 		return img.digests()
 	}
-	known, err := l.images.get(manifest)
+	return l.images.layersOf(manifest, l.o.Log)
+}
+
+func (m *mountables) layersOf(manifest digest.Digest, log *slog.Logger) []digest.Digest {
+	known, err := m.get(manifest)
 	if err != nil && !errors.Is(err, accel.ErrNotFound) {
-		l.o.Log.Warn("from what an image is mounted cannot be read", "manifest", manifest, "error", err)
+		log.Warn("from what an image is mounted cannot be read", "manifest", manifest, "error", err)
 	}
 	return known.Layers
 }
@@ -174,14 +183,41 @@ func (l *Lazy) ManifestOf(ref accel.Reference) digest.Digest {
 			return img.manifest
 		}
 	}
+	return l.images.manifestOf(ref, l.o.Log)
+}
+
+func (m *mountables) manifestOf(ref accel.Reference, log *slog.Logger) digest.Digest {
 	if ref.Digest != "" {
-		if _, err := l.images.get(ref.Digest); err == nil {
+		if _, err := m.get(ref.Digest); err == nil {
 			return ref.Digest
 		}
 	}
-	manifest, err := l.images.named(name)
+	manifest, err := m.named(nameIn(ref.Name(), ref))
 	if err != nil {
-		l.o.Log.Warn("which images were mounted cannot be read", "error", err)
+		log.Warn("which images were mounted cannot be read", "error", err)
 	}
 	return manifest
 }
+
+// Stopped is what is known in the folder of a Lazy that does not run.
+type Stopped struct {
+	images mountables
+	log    *slog.Logger
+}
+
+// OpenStopped looks into Options.Dir, which need not be there. log nil: slog.Default.
+func OpenStopped(dir string, log *slog.Logger) *Stopped {
+	return &Stopped{mountables{dir: imagesIn(dir)}, cmp.Or(log, slog.Default())}
+}
+
+// LayersOf is Lazy.LayersOf.
+func (s *Stopped) LayersOf(manifest digest.Digest) []digest.Digest {
+	return s.images.layersOf(manifest, s.log)
+}
+
+// ManifestOf is Lazy.ManifestOf.
+func (s *Stopped) ManifestOf(ref accel.Reference) digest.Digest {
+	return s.images.manifestOf(ref, s.log)
+}
+
+func imagesIn(dir string) string { return filepath.Join(dir, "images") }

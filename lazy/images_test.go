@@ -3,6 +3,7 @@ package lazy
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -31,6 +32,13 @@ func TestLayersAreFoundAfterARestart(t *testing.T) {
 	}
 	if got := b.lazy.ManifestOf(ref); got != image.manifest {
 		t.Errorf("%s is manifest %q", image.name, got)
+	}
+	stopped := OpenStopped(filepath.Join(b.dir, "lazy"), slog.New(slog.DiscardHandler))
+	if got := stopped.ManifestOf(ref); got != image.manifest || !slices.Equal(stopped.LayersOf(got), want) {
+		t.Errorf("the folder knows %s as %q, %v", image.name, got, stopped.LayersOf(got))
+	}
+	if nothing := OpenStopped(t.TempDir(), slog.Default()); nothing.ManifestOf(ref) != "" || nothing.LayersOf(image.manifest) != nil {
+		t.Error("an empty folder knows something")
 	}
 	for _, d := range want {
 		must(t, b.lazy.Forget(t.Context(), d))

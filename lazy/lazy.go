@@ -161,7 +161,7 @@ func New(o Options) (*Lazy, error) {
 	if o.Record == nil {
 		l.pulls.record = func(accel.Pull) {}
 	}
-	l.liars.dir, l.images.dir = filepath.Join(o.Dir, "liars"), filepath.Join(o.Dir, "images")
+	l.liars.dir, l.images.dir = filepath.Join(o.Dir, "liars"), imagesIn(o.Dir)
 	l.profiles.dir, l.reports = filepath.Join(o.Dir, "profiles"), reports{dir: filepath.Join(o.Dir, "starts"), wake: make(chan struct{}, 1)}
 	for _, dir := range []string{l.origins.dir, l.liars.dir, l.images.dir, l.profiles.dir, l.reports.dir} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {

@@ -49,7 +49,7 @@ type Contents struct {
 	store     *cache.Store
 	canonical func(host string) (string, error)
 	// mounted is the manifest that containerd asked for by a name, layersOf are the layers that are mounted for a manifest, and
-	// forget closes one that is not mounted; nil where nothing is mounted by this process.
+	// forget closes one that is not mounted; each may be nil.
 	mounted  func(ref accel.Reference) digest.Digest
 	layersOf func(manifest digest.Digest) []digest.Digest
 	forget   func(ctx context.Context, d digest.Digest) error

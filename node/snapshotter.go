@@ -67,7 +67,7 @@ func (n *Node) openMounts(ctx context.Context) (_ *mounts, err error) {
 	}
 	m := &mounts{log: n.o.Log}
 	m.lazy, err = lazy.New(lazy.Options{
-		Dir: filepath.Join(n.o.Dir, "lazy"), RunDir: o.RunDir, Version: n.o.Version, Node: n.o.Name, Holder: o.Holder,
+		Dir: lazyDir(n.o.Dir), RunDir: o.RunDir, Version: n.o.Version, Node: n.o.Name, Holder: o.Holder,
 		Store: n.store, Registry: n.o.Registry, Server: n.o.Server, Keys: keys,
 		Own: mirror.OwnClient, GrantTTL: n.o.GrantTTL, GrantGrace: n.o.GrantGrace,
 		Off: o.Off, Except: o.Except, Stargz: o.Stargz, BackgroundBytesPerSecond: o.BackgroundBytesPerSecond,
@@ -98,6 +98,9 @@ func (n *Node) openMounts(ctx context.Context) (_ *mounts, err error) {
 	}
 	return m, m.lazy.Adopt(ctx, layers)
 }
+
+// lazyDir is where, in the node's folder, it is kept what is mounted.
+func lazyDir(dir string) string { return filepath.Join(dir, "lazy") }
 
 // snapshotPins is what the owners of the snapshots' pins begin with.
 var snapshotPins = snapshot.Owner("")
