@@ -126,6 +126,23 @@ func TestProfileRecord(t *testing.T) {
 		t.Errorf("recorded again %s", said)
 	}
 	b.gone()
+	// What it was mounted from is found by its name when another daemon looked at it, and not only its blobs.
+	b.node.stop()
+	b.node.start()
+	for begin := time.Now(); ; time.Sleep(50 * time.Millisecond) { // containerd removes snapshots a moment after their image
+		said, err = accelCommand("cache", "rm", "--config", b.node.config, ref)
+		if err == nil || time.Since(begin) > time.Minute {
+			break
+		}
+	}
+	must(t, err)
+	blobs, err := b.node.admin().List(t.Context())
+	must(t, err)
+	for _, e := range blobs {
+		if e.Form == cache.FormLayer {
+			t.Errorf("layer %s stays in the cache: %s", e.Digest, said)
+		}
+	}
 }
 
 // TestRecordAfterAKilledOne: what a record that was killed left in containerd is removed by the next, which says so; of one that
