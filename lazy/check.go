@@ -72,7 +72,7 @@ func (l *Lazy) check(ctx context.Context) error {
 			these = due.now(now, l.claimed())
 			if now.Sub(swept) > sweepTime {
 				swept = now
-				if err := l.sweepOrigins(ctx); err != nil && ctx.Err() == nil {
+				if err := errors.Join(l.sweepOrigins(ctx), l.images.sweep(2*resolveTime, l.absent)); err != nil && ctx.Err() == nil {
 					l.o.Log.Warn("what is known of layers that are gone stays", "error", err)
 				}
 			}

@@ -11,31 +11,6 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// LayersOf are the layers that are mounted for an image, by its platform's manifest, as far as this daemon has looked
-// at it.
-func (l *Lazy) LayersOf(manifest digest.Digest) (layers []digest.Digest) {
-	img, known := l.starts.images.Get(manifest)
-	if !known {
-		return nil
-	}
-	for _, y := range img.layers {
-		layers = append(layers, y.Digest)
-	}
-	return layers
-}
-
-// ManifestOf is the platform's manifest that containerd asked for last under a tag; empty: it has not, of this
-// daemon. containerd resolves tags without the node.
-func (l *Lazy) ManifestOf(repository, tag string) digest.Digest {
-	all := l.starts.images.Values() // the newest last
-	for i := len(all) - 1; i >= 0; i-- {
-		if ref, err := accel.ParseReference(all[i].name); err == nil && all[i].repository == repository && ref.Tag == tag {
-			return all[i].manifest
-		}
-	}
-	return ""
-}
-
 // Forget closes a layer that is not mounted, so that the store may remove it, and what is known of images
 // with it: the next pull looks at them anew. accel.ErrConflict while it is mounted.
 func (l *Lazy) Forget(ctx context.Context, d digest.Digest) error {

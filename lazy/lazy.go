@@ -107,6 +107,7 @@ type Lazy struct {
 
 	starts    *starts
 	profiles  profiles
+	images    mountables
 	reports   reports
 	reporting sync.Mutex // one report is made at a time
 
@@ -161,9 +162,9 @@ func New(o Options) (*Lazy, error) {
 	if o.Record == nil {
 		l.pulls.record = func(accel.Pull) {}
 	}
-	l.liars.dir = filepath.Join(o.Dir, "liars")
+	l.liars.dir, l.images.dir = filepath.Join(o.Dir, "liars"), imagesIn(o.Dir)
 	l.profiles.dir, l.reports = filepath.Join(o.Dir, "profiles"), reports{dir: filepath.Join(o.Dir, "starts"), wake: make(chan struct{}, 1)}
-	for _, dir := range []string{l.origins.dir, l.liars.dir, l.profiles.dir, l.reports.dir} {
+	for _, dir := range []string{l.origins.dir, l.liars.dir, l.images.dir, l.profiles.dir, l.reports.dir} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
 		}
@@ -203,10 +204,10 @@ func (l *Lazy) Adopt(ctx context.Context, layers []digest.Digest) error {
 			l.o.Log.Error("a mounted layer cannot be opened; reads of what it lacks fail", "layer", d, "error", err)
 		}
 	}
-	return l.origins.sweep(func(d digest.Digest) bool {
+	return errors.Join(l.images.sweep(0, l.absent), l.origins.sweep(func(d digest.Digest) bool {
 		_, err := l.o.Store.Layer(d)
 		return err == nil
-	})
+	}))
 }
 
 func (l *Lazy) adopt(ctx context.Context, d digest.Digest) error {
@@ -281,7 +282,7 @@ func (l *Lazy) Layer(ctx context.Context, r snapshot.Request) (snapshot.Lazy, er
 		return snapshot.Lazy{}, declined("layer %s is not one of image %s under chain ID %s", r.Layer, r.Reference, r.Chain)
 	}
 	l.pulls.asked(img, r, began)
-	l.starts.asked(img)
+	l.starts.askedAs(nameIn(ref.Name(), ref), img)
 	return snapshot.Lazy{Layer: img.layers[i].Digest}, nil
 }
 
@@ -408,7 +409,14 @@ func (l *Lazy) lookAt(ctx, running context.Context, name string, key imageKey, k
 	}
 	img.planned = make(chan struct{})
 	boot := l.boot(running, img, p)
-	if err := l.prepare(ctx, img, boot); err != nil {
+	noted := make(chan struct{})
+	go func() { // while the layers' tables come
+		defer close(noted)
+		l.note(img)
+	}()
+	err = l.prepare(ctx, img, boot)
+	<-noted
+	if err != nil {
 		boot.end(false)
 		cancel()
 		release()

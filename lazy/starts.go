@@ -77,10 +77,13 @@ type starts struct {
 	count int                          // of recordings under way
 	past  []Start                      // the newest last
 	plain map[digest.Digest]time.Time  // images, by manifest, ahead of whose starts nothing is fetched until then
+	// wanted are by the name that they are to be asked for by; see RecordNext.
+	wanted  map[string]*wanted
+	skipped []unrecorded // starts that are not recorded, the newest last
 }
 
 func newStarts() (*starts, error) {
-	s := &starts{fresh: map[digest.Digest]bool{}, held: map[digest.Digest]time.Time{}, under: map[digest.Digest]*recording{}, plain: map[digest.Digest]time.Time{}}
+	s := &starts{fresh: map[digest.Digest]bool{}, held: map[digest.Digest]time.Time{}, under: map[digest.Digest]*recording{}, plain: map[digest.Digest]time.Time{}, wanted: map[string]*wanted{}}
 	var err error
 	if s.images, err = lru.New[digest.Digest, *image](maxAnswers); err != nil {
 		return nil, err
@@ -94,17 +97,21 @@ func (s *starts) asked(img *image) { s.images.Add(img.manifest, img) }
 
 // wants reports whether a recording of the image would be of use. s.mu is held.
 func (s *starts) wants(manifest digest.Digest) bool {
+	if s.isWanted(manifest) {
+		return true
+	}
 	until, known := s.enough.Get(manifest)
 	return !known || time.Now().After(until)
 }
 
 // mounting says, before a layer is mounted, that its first start is to be recorded: the layer is mounted through the
-// holder then, and stays there when it is complete. Only starts of images of which something was missing are.
+// holder then, and stays there when it is complete. Only starts of images of which something was missing are, and those
+// that somebody wants.
 func (s *starts) mounting(d digest.Digest) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, img := range s.images.Values() {
-		if img.cold && s.wants(img.manifest) && slices.ContainsFunc(img.layers, func(y layer) bool { return y.Digest == d }) {
+		if (img.cold || s.isWanted(img.manifest)) && s.wants(img.manifest) && slices.ContainsFunc(img.layers, func(y layer) bool { return y.Digest == d }) {
 			s.held[d] = time.Now().Add(holdTime)
 			return true
 		}
@@ -193,8 +200,10 @@ func (s *starts) begin(e snapshot.Event, node string) *recording {
 	defer s.mu.Unlock()
 	img := s.imageOf(e.Layers)
 	if img == nil {
+		s.skip(e, "the image was mounted before this node's daemon started, or in part only")
 		return nil
 	}
+	defer s.unwant(img.manifest)
 	// One more container of an image whose start is under way reads what the first does. Where images differ in their config
 	// alone, nobody says whose it is.
 	if r := s.under[img.layers[len(img.layers)-1].Digest]; r != nil && r.img.manifest == img.manifest {
@@ -203,6 +212,7 @@ func (s *starts) begin(e snapshot.Event, node string) *recording {
 				r.cutOff(d)
 			}
 		}
+		s.skip(e, "another start of the image, by container "+r.start.Container+", is being recorded")
 		return nil
 	}
 	r := &recording{img: img, began: e.Began, layers: map[digest.Digest]bool{}, cut: map[digest.Digest]time.Time{}}
@@ -219,7 +229,17 @@ func (s *starts) begin(e snapshot.Event, node string) *recording {
 		cold = cold && s.fresh[d]
 		r.layers[d] = true
 	}
-	if !fresh || !s.wants(img.manifest) || s.count == maxStarts {
+	reason := ""
+	switch {
+	case !s.wants(img.manifest):
+		reason = "there are recordings of the image enough for now"
+	case !fresh:
+		reason = "its layers were mounted before, so that what was read of them is in the kernel's cache, or all of it was in the node's cache"
+	case s.count == maxStarts:
+		reason = fmt.Sprintf("%d others are being recorded", maxStarts)
+	}
+	if reason != "" {
+		s.skip(e, reason)
 		s.started(img)
 		return nil
 	}
@@ -340,7 +360,8 @@ func (l *Lazy) Starts() []Start {
 }
 
 // Answered tells that the program in a container answers, which ends the recording of its start; or that it
-// failed, and then what it read is of no use to anybody. accel.ErrNotFound where its start is not being recorded.
+// failed, and then what it read is of no use to anybody. accel.ErrNotFound, with the reason, where its start is not being
+// recorded.
 func (l *Lazy) Answered(container string, failed bool) error {
 	s := l.starts
 	s.mu.Lock()
@@ -352,5 +373,5 @@ func (l *Lazy) Answered(container string, failed bool) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("%w: no start of container %s is being recorded", accel.ErrNotFound, container)
+	return fmt.Errorf("%w: no start of container %s is being recorded: %s", accel.ErrNotFound, container, s.whyNot(container))
 }

@@ -1,11 +1,14 @@
 package lazy
 
 import (
+	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	"accel"
 	"accel/snapshot"
 
 	"github.com/opencontainers/go-digest"
@@ -109,6 +112,64 @@ func TestWhatIsNotRecorded(t *testing.T) {
 	img.cold = false
 	if startsOf(t, img).mount(img) {
 		t.Error("a warm image is mounted through the holder")
+	}
+}
+
+// TestWantedStartsAreRecorded: once, by the name that is pulled, with enough recordings, and of an image that is all here.
+func TestWantedStartsAreRecorded(t *testing.T) {
+	img := imageWith("app", "base", "app")
+	img.cold = false
+	s := startsOf(t, img)
+	l := &Lazy{starts: s}
+	s.more(img.manifest, false)
+	s.want(img.name, time.Now())
+	if s.askedAs("registry.example/app:other", img); s.mount(img) {
+		t.Fatal("another name of it is wanted")
+	}
+	s.askedAs(img.name, img)
+	if !s.mount(img) {
+		t.Fatal("its layers are not watched")
+	}
+	r := s.begin(prepared(img), "n1")
+	if r == nil {
+		t.Fatal("it is not recorded")
+	}
+	again := prepared(img)
+	again.Key = "ns/2/second"
+	if s.begin(again, "n1") != nil {
+		t.Error("a second start at the same time is recorded")
+	}
+	notRecorded := func(container, why string) {
+		t.Helper()
+		if err := l.Answered(container, false); !errors.Is(err, accel.ErrNotFound) || !strings.Contains(err.Error(), why) {
+			t.Errorf("%s: %v, want the reason: %s", container, err, why)
+		}
+	}
+	notRecorded("second", "by container ns/1/registry.example/app:v1, is being recorded")
+	s.end(r)
+	s.askedAs(img.name, img)
+	again.Key = "ns/3/third"
+	if s.mount(img) || s.begin(again, "n1") != nil {
+		t.Error("one more is recorded than was wanted")
+	}
+	notRecorded("third", "enough for now")
+	s.more(img.manifest, true)
+	again.Key = "ns/4/fourth"
+	s.begin(again, "n1")
+	notRecorded("fourth", "mounted before")
+	notRecorded("fifth", "mounted lazily")
+
+	s.want(img.name, time.Now().Add(-WantedTime))
+	if s.askedAs(img.name, img); s.mount(img) {
+		t.Error("it is wanted for ever")
+	}
+	for i := range 2 * maxWanted {
+		s.want(fmt.Sprint("registry.example/app:", i), time.Now())
+		s.skip(again, "")
+	}
+	s.skip(again, "")
+	if len(s.wanted) > maxWanted || len(s.skipped) > maxStarts {
+		t.Errorf("%d wanted, %d skipped", len(s.wanted), len(s.skipped))
 	}
 }
 

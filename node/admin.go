@@ -85,6 +85,9 @@ func (n *Node) admin(ctx context.Context) http.Handler {
 	post(routes, "start-answered", "/v1/starts/answered", "The program in a container answers, or failed: its start is over", func(_ context.Context, in *body[Answered]) (struct{}, error) {
 		return struct{}{}, n.answered(in.Body)
 	})
+	post(routes, "record-next", "/v1/starts/wanted", "Record the next start of an image, whatever there is of it, by a pull of the next 10 minutes", func(_ context.Context, in *body[RecordNext]) (struct{}, error) {
+		return struct{}{}, n.recordNext(in.Body)
+	})
 	post(routes, "fetch-ahead", "/v1/starts/ahead", "Whether anything is fetched ahead of an image's starts, by pulls of the next 10 minutes", func(_ context.Context, in *body[FetchAhead]) (struct{}, error) {
 		return struct{}{}, n.fetchAhead(in.Body)
 	})

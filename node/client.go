@@ -98,6 +98,12 @@ func (c *Client) Answered(ctx context.Context, a Answered) error {
 	return c.do(ctx, http.MethodPost, "/v1/starts/answered", a, &struct{}{})
 }
 
+// RecordNext has the next start of an image recorded, by a pull within lazy.WantedTime, also where there are recordings enough.
+// accel.ErrConflict where it cannot be mounted lazily.
+func (c *Client) RecordNext(ctx context.Context, r RecordNext) error {
+	return c.do(ctx, http.MethodPost, "/v1/starts/wanted", r, &struct{}{})
+}
+
 // FetchAhead says whether anything is fetched ahead of an image's starts, by pulls within lazy.PlainTime, for comparisons.
 func (c *Client) FetchAhead(ctx context.Context, f FetchAhead) error {
 	return c.do(ctx, http.MethodPost, "/v1/starts/ahead", f, &struct{}{})

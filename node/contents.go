@@ -48,9 +48,9 @@ type Content struct {
 type Contents struct {
 	store     *cache.Store
 	canonical func(host string) (string, error)
-	// mounted is the manifest that containerd asked for by a tag, layersOf are the layers that are mounted for a manifest, and
-	// forget closes one that is not mounted; nil where nothing is mounted by this process.
-	mounted  func(repository, tag string) digest.Digest
+	// mounted is the manifest that containerd asked for by a name, layersOf are the layers that are mounted for a manifest, and
+	// forget closes one that is not mounted; each may be nil.
+	mounted  func(ref accel.Reference) digest.Digest
 	layersOf func(manifest digest.Digest) []digest.Digest
 	forget   func(ctx context.Context, d digest.Digest) error
 }
@@ -128,7 +128,7 @@ func (c *Contents) Stat(_ context.Context, what string) (Content, error) {
 	if d == "" {
 		tag, err := c.store.Tag(ref.Name(), ref.Tag)
 		if d = tag.Digest; err != nil && c.mounted != nil {
-			d = c.mounted(ref.Name(), ref.Tag)
+			d = c.mounted(ref)
 		}
 		if d == "" {
 			return Content{}, fmt.Errorf("%s: %w", what, err)

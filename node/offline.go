@@ -29,7 +29,8 @@ func Offline(ctx context.Context, o OfflineOptions, do func(context.Context, *Co
 	running, stop := context.WithCancel(ctx)
 	ended := make(chan error, 1)
 	go func() { ended <- store.Run(running) }()
-	err = do(ctx, &Contents{store: store, canonical: o.Canonical})
+	known := lazy.OpenStopped(lazyDir(o.Dir), o.Log) // what is mounted is pinned
+	err = do(ctx, &Contents{store: store, canonical: o.Canonical, mounted: known.ManifestOf, layersOf: known.LayersOf})
 	stop()
 	return errors.Join(err, <-ended, store.Close())
 }

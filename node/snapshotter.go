@@ -67,7 +67,7 @@ func (n *Node) openMounts(ctx context.Context) (_ *mounts, err error) {
 	}
 	m := &mounts{log: n.o.Log}
 	m.lazy, err = lazy.New(lazy.Options{
-		Dir: filepath.Join(n.o.Dir, "lazy"), RunDir: o.RunDir, Version: n.o.Version, Node: n.o.Name, Holder: o.Holder,
+		Dir: lazyDir(n.o.Dir), RunDir: o.RunDir, Version: n.o.Version, Node: n.o.Name, Holder: o.Holder,
 		Store: n.store, Registry: n.o.Registry, Server: n.o.Server, Keys: keys,
 		Own: mirror.OwnClient, GrantTTL: n.o.GrantTTL, GrantGrace: n.o.GrantGrace,
 		Off: o.Off, Except: o.Except, Stargz: o.Stargz, BackgroundBytesPerSecond: o.BackgroundBytesPerSecond,
@@ -98,6 +98,9 @@ func (n *Node) openMounts(ctx context.Context) (_ *mounts, err error) {
 	}
 	return m, m.lazy.Adopt(ctx, layers)
 }
+
+// lazyDir is where, in the node's folder, it is kept what is mounted.
+func lazyDir(dir string) string { return filepath.Join(dir, "lazy") }
 
 // snapshotPins is what the owners of the snapshots' pins begin with.
 var snapshotPins = snapshot.Owner("")
@@ -262,6 +265,18 @@ func (n *Node) answered(a Answered) error {
 		return fmt.Errorf("%w: this node mounts nothing", accel.ErrNotFound)
 	}
 	return n.mounts.lazy.Answered(a.Container, a.Failed)
+}
+
+// RecordNext names an image whose next start is to be recorded.
+type RecordNext struct {
+	Image string `json:"image" minLength:"1" maxLength:"1024" doc:"by the name that it is about to be pulled by"`
+}
+
+func (n *Node) recordNext(r RecordNext) error {
+	if n.mounts == nil {
+		return fmt.Errorf("%w: this node mounts nothing", accel.ErrNotFound)
+	}
+	return n.mounts.lazy.RecordNext(r.Image)
 }
 
 // FetchAhead says whether anything is fetched ahead of an image's starts.

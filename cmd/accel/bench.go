@@ -105,13 +105,14 @@ are medians.`,
 		if port < 1 || port > 65535 || limit <= 0 || runs < 1 || runs > 1000 {
 			return usage(fmt.Errorf("--port %d, --runs %d, --startup-timeout %s: want a port, 1 to 1000 runs, and a time", port, runs, limit))
 		}
-		b, ctx, err := conf.bench(cmd.Context(), port, limit)
+		say := func(line string) { fmt.Fprintln(cmd.ErrOrStderr(), line) }
+		b, ctx, err := conf.bench(cmd.Context(), port, limit, say)
 		if err != nil {
 			return err
 		}
 		var rows []benchRow
 		for _, image := range args {
-			of, benchErr := b.image(ctx, image, runs, func(done string) { fmt.Fprintln(cmd.ErrOrStderr(), done) })
+			of, benchErr := b.image(ctx, image, runs, say)
 			rows = append(rows, of...)
 			if err = benchErr; err != nil {
 				err = fmt.Errorf("%s: %w", image, err)

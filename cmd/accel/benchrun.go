@@ -38,13 +38,13 @@ type bench struct {
 	plain    digest.Digest    // the manifest of which the node was told to fetch nothing ahead; empty: none
 }
 
-func (c *nodeConfig) bench(ctx context.Context, port int, limit time.Duration) (*bench, context.Context, error) {
+func (c *nodeConfig) bench(ctx context.Context, port int, limit time.Duration, say func(string)) (*bench, context.Context, error) {
 	b := &bench{live: node.NewClient(c.Socket), port: port, limit: limit}
 	if _, err := b.live.Starts(ctx); err != nil {
 		b.live.Close()
 		return nil, ctx, fmt.Errorf("the comparison is with this machine's node: %w (--socket)", err)
 	}
-	all, named, err := c.containers(ctx, benchNamespace)
+	all, named, err := c.containers(ctx, benchNamespace, b.live, say)
 	if err == nil {
 		b.all = all
 		b.past, err = c.resolver(ctx, "")
@@ -71,7 +71,7 @@ func (b *bench) close() error {
 	if b.img != nil {
 		err = errors.Join(err, b.all.remove(ctx, b.img))
 	}
-	return errors.Join(err, b.all.client.Close())
+	return errors.Join(err, b.all.close())
 }
 
 // fetchAhead has the node fetch ahead of the image's starts, or not, which is to be taken back.

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"accel"
+	"accel/node"
 	"accel/registry"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -45,10 +46,14 @@ const (
 type containers struct {
 	client   *containerd.Client
 	resolver remotes.Resolver
+	owner    *owner
 }
 
-// containers connects to the containerd that the configuration names. Close its client.
-func (c *nodeConfig) containers(ctx context.Context, namespace string) (*containers, context.Context, error) {
+func (c *containers) close() error { return errors.Join(c.client.Close(), c.owner.close()) }
+
+// containers connects to the containerd that the configuration names, and removes what others like it that were killed left
+// in the namespace. Close it.
+func (c *nodeConfig) containers(ctx context.Context, namespace string, live *node.Client, say func(string)) (*containers, context.Context, error) {
 	client, err := containerd.New(c.Containerd.Socket, containerd.WithTimeout(dialTime))
 	if err != nil {
 		return nil, ctx, fmt.Errorf("containerd does not answer on %s (--containerd-socket): %w", c.Containerd.Socket, err)
@@ -57,7 +62,15 @@ func (c *nodeConfig) containers(ctx context.Context, namespace string) (*contain
 	if err != nil {
 		return nil, ctx, errors.Join(err, client.Close())
 	}
-	return &containers{client, resolver}, namespaces.WithNamespace(ctx, namespace), nil
+	o, err := newOwner(ctx)
+	if err != nil {
+		return nil, ctx, errors.Join(err, client.Close())
+	}
+	all, ctx := &containers{client, resolver, o}, namespaces.WithNamespace(ctx, namespace)
+	if err := all.clear(ctx, namespace, live, say); err != nil {
+		return nil, ctx, errors.Join(err, all.close())
+	}
+	return all, ctx, nil
 }
 
 // resolver asks registries with the node's credentials, by way of the mirrors that hosts.toml files name; without them where
@@ -104,17 +117,26 @@ func credentials(ctx context.Context, own *registry.Client, host string) (user, 
 	}
 }
 
-// pull brings an image for a snapshotter, asking it for every layer first.
-func (c *containers) pull(ctx context.Context, image, snapshotter string) (containerd.Image, error) {
+// pullName is what an image is pulled by.
+func pullName(image string) (string, error) {
 	ref, err := accel.ParseReference(image)
 	if err != nil {
-		return nil, usage(err)
+		return "", usage(err)
 	}
-	name := ref.Name() + "@" + ref.Digest.String()
-	if ref.Digest == "" {
-		name = ref.Name() + ":" + ref.Tag
+	if ref.Digest != "" {
+		return ref.Name() + "@" + ref.Digest.String(), nil
+	}
+	return ref.Name() + ":" + ref.Tag, nil
+}
+
+// pull brings an image for a snapshotter, asking it for every layer first.
+func (c *containers) pull(ctx context.Context, image, snapshotter string) (containerd.Image, error) {
+	name, err := pullName(image)
+	if err != nil {
+		return nil, err
 	}
 	img, err := c.client.Pull(ctx, name, containerd.WithPullUnpack, containerd.WithPullSnapshotter(snapshotter), containerd.WithResolver(c.resolver),
+		containerd.WithPullLabel(labelOwner, c.owner.name),
 		containerd.WithImageHandlerWrapper(snapshotters.AppendInfoHandlerWrapper(name)))
 	if err != nil {
 		// One that broke off while it was unpacked has the image's name already.
@@ -160,7 +182,7 @@ func (c *containers) start(ctx context.Context, img containerd.Image, snapshotte
 		oci.WithImageConfigArgs(img, args), oci.WithHostNamespace(specs.NetworkNamespace), oci.WithHostHostsFile, oci.WithHostResolvconf,
 	}
 	s.container, err = c.client.NewContainer(ctx, id, containerd.WithImage(img), containerd.WithSnapshotter(snapshotter),
-		containerd.WithNewSnapshot(id, img), containerd.WithNewSpec(spec...))
+		containerd.WithContainerLabels(map[string]string{labelOwner: c.owner.name}), containerd.WithNewSnapshot(id, img), containerd.WithNewSpec(spec...))
 	if err != nil {
 		return s, fmt.Errorf("create a container: %w", err)
 	}

@@ -43,7 +43,8 @@ func newProfileRecord(g *globals) *cobra.Command {
 		Long: `Pulls the image through this machine's node, starts it on the machine's network, waits until it
 answers HTTP on the port, and takes it away again. What it read until then is its recording: the
 node keeps it, and reports it to the server. Arguments take the place of the image's command.
-A recording is complete where nothing of the image was mounted before. The program has to listen on
+It is recorded also where there are recordings enough for now. A recording is complete where nothing
+of the image was mounted before. The program has to listen on
 more than 127.0.0.1. Exit codes: 0 recorded, 1 it did not answer in time or could not be recorded, 2 wrong usage.`,
 		Example: "  accel profile record registry.example/team/app:v1 --port 9000\n  accel profile record registry.example/team/app:v1 --port 8080 -- serve --addr 0.0.0.0:8080",
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -64,7 +65,7 @@ more than 127.0.0.1. Exit codes: 0 recorded, 1 it did not answer in time or coul
 		if port < 1 || port > 65535 || limit <= 0 {
 			return usage(fmt.Errorf("--port %d, --startup-timeout %s: want a port and a time", port, limit))
 		}
-		r, err := conf.record(cmd.Context(), args[0], args[1:], port, limit)
+		r, err := conf.record(cmd.Context(), args[0], args[1:], port, limit, func(line string) { fmt.Fprintln(cmd.ErrOrStderr(), line) })
 		if err != nil {
 			return err
 		}
@@ -74,20 +75,27 @@ more than 127.0.0.1. Exit codes: 0 recorded, 1 it did not answer in time or coul
 }
 
 // record starts an image once and has its start recorded. Nothing of that stays.
-func (c *nodeConfig) record(ctx context.Context, image string, args []string, port int, limit time.Duration) (r recorded, err error) {
+func (c *nodeConfig) record(ctx context.Context, image string, args []string, port int, limit time.Duration, say func(string)) (r recorded, err error) {
 	live := node.NewClient(c.Socket)
 	defer live.Close()
 	if _, err := live.Starts(ctx); err != nil {
 		return r, fmt.Errorf("a start is recorded by this machine's node: %w (--socket)", err)
 	}
-	if err := free(ctx, port); err != nil {
-		return r, err
-	}
-	all, ctx, err := c.containers(ctx, recordNamespace)
+	all, ctx, err := c.containers(ctx, recordNamespace, live, say)
 	if err != nil {
 		return r, err
 	}
-	defer func() { err = errors.Join(err, all.client.Close()) }()
+	defer func() { err = errors.Join(err, all.close()) }()
+	if err := free(ctx, port); err != nil { // what was left may have had it
+		return r, err
+	}
+	name, err := pullName(image)
+	if err != nil {
+		return r, err
+	}
+	if err := live.RecordNext(ctx, node.RecordNext{Image: name}); err != nil {
+		return r, fmt.Errorf("a start of %s cannot be recorded: %w", name, err)
+	}
 	began := time.Now()
 	img, err := all.pull(ctx, image, accelSnapshotter)
 	if err != nil {
@@ -112,8 +120,7 @@ func (c *nodeConfig) record(ctx context.Context, image string, args []string, po
 	}
 	switch err := live.Answered(ctx, node.Answered{Container: id}); {
 	case errors.Is(err, accel.ErrNotFound):
-		return r, errors.New("it answers, but its start was not recorded: the image is not mounted lazily (accel ps; the node's log says why), " +
-			"all of it was mounted or in the cache before (accel cache rm), or there are recordings enough for now")
+		return r, fmt.Errorf("it answers, but its start was not recorded: %w", err)
 	case err != nil:
 		return r, err
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -117,6 +118,67 @@ func TestProfileRecord(t *testing.T) {
 	}
 	b.gone()
 	b.awaitProfile(manifestOf(t, img), accel.ProfileRecorded)
+	// Once more, with all that it read in the cache.
+	said, err = record("-o", "json")
+	must(t, err)
+	must(t, json.Unmarshal([]byte(said), &r))
+	if r.Start.End != "answered" || r.Start.Files < 50 {
+		t.Errorf("recorded again %s", said)
+	}
+	b.gone()
+	// What it was mounted from is found by its name when another daemon looked at it, and not only its blobs.
+	b.node.stop()
+	b.node.start()
+	for begin := time.Now(); ; time.Sleep(50 * time.Millisecond) { // containerd removes snapshots a moment after their image
+		said, err = accelCommand("cache", "rm", "--config", b.node.config, ref)
+		if err == nil || time.Since(begin) > time.Minute {
+			break
+		}
+	}
+	must(t, err)
+	blobs, err := b.node.admin().List(t.Context())
+	must(t, err)
+	for _, e := range blobs {
+		if e.Form == cache.FormLayer {
+			t.Errorf("layer %s stays in the cache: %s", e.Digest, said)
+		}
+	}
+}
+
+// TestRecordAfterAKilledOne: what a record that was killed left in containerd is removed by the next, which says so; of one that
+// lives, nothing is.
+func TestRecordAfterAKilledOne(t *testing.T) {
+	b, ref, _ := pyBed(t, newLazyBed)
+	path, err := binary()
+	must(t, err)
+	args := []string{"profile", "record", "--config", b.node.config, "--containerd-socket", b.c.Socket(), ref}
+	killed := exec.Command(path, append(args, "--port", "9001", "--", "sleep", "600")...) //nolint:noctx // killed below
+	must(t, killed.Start())
+	running := func() int {
+		out, err := b.c.CtrCommand(t.Context(), "-n", "accel-record", "tasks", "ls", "-q").Output()
+		must(t, err)
+		return len(strings.Fields(string(out)))
+	}
+	for began := time.Now(); running() == 0; time.Sleep(50 * time.Millisecond) {
+		if time.Since(began) > time.Minute {
+			t.Fatal("the first record starts nothing")
+		}
+	}
+	taken := strings.TrimPrefix(b.reg.Host(), "127.0.0.1:") // so that it ends before it pulls the same image
+	if said, err := accelCommand(append(args, "--port", taken)...); err == nil || !strings.Contains(err.Error(), "already") || running() != 1 {
+		t.Errorf("a record beside another: %s, %v; %d containers run", said, err, running())
+	}
+	must(t, killed.Process.Kill())
+	_ = killed.Wait() // it was killed
+	if running() != 1 {
+		t.Fatal("the container of a killed record is gone by itself")
+	}
+	next := exec.CommandContext(t.Context(), path, args...)
+	out, err := next.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "removed container record-") || !strings.Contains(string(out), "removed image "+ref) {
+		t.Errorf("after a killed record: %v\n%s", err, out)
+	}
+	b.gone()
 }
 
 // TestBench is `accel bench`: each way is measured from a machine without the image, nothing is left behind, and what other
