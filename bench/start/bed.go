@@ -13,6 +13,7 @@ import (
 	"accel"
 	"accel/convert"
 	"accel/internal/testbed"
+	"accel/profile"
 	"accel/registry"
 	"accel/trust"
 
@@ -43,6 +44,7 @@ type bed struct {
 	keysFile string   // its public half
 	mounted  string   // the registry's folder
 	hot      []hotSet // of the images that are published
+	foretold []foretold
 }
 
 func openBed(ctx context.Context, s setting) (_ *bed, err error) {
@@ -186,6 +188,7 @@ func (b *bed) accelerate(ctx context.Context, src v1.Image, s startable, needed 
 	}
 	manifest := res.Mappings[0].SourceManifest
 	recorded := sync.OnceValues(func() (accel.Profile, error) { return b.recordedProfile(ctx, s, manifest) })
+	var profiles []accel.Profile // the predicted one first
 	for _, with := range []struct {
 		form    form
 		bundled bool
@@ -204,6 +207,7 @@ func (b *bed) accelerate(ctx context.Context, src v1.Image, s startable, needed 
 			return fmt.Errorf("profile for %s: %w", f, err)
 		}
 		fmt.Fprintf(os.Stderr, "%s: %s profile of %d items, %.1f MB\n", s.name, p.Origin, len(p.Items), float64(p.Bytes())/megabyte)
+		profiles = append(profiles, p)
 		if err := b.push(ctx, src, b.reference(s.name, f)); err != nil {
 			return err
 		}
@@ -213,6 +217,9 @@ func (b *bed) accelerate(ctx context.Context, src v1.Image, s startable, needed 
 		if err := b.attachProfile(ctx, b.repository(s.name, f), p, res.Mappings[0].Layers, with.bundled); err != nil {
 			return err
 		}
+	}
+	if needed[predictedForm] && len(profiles) > 1 {
+		b.foretold = append(b.foretold, foretold{s.name, profile.Coverage(profiles[1], profiles[0])})
 	}
 	return nil
 }

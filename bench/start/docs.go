@@ -101,6 +101,9 @@ func docsImage(b *strings.Builder, image startable, speeds []testbed.LinkSpeed, 
 		}
 		b.WriteString(".\n")
 	}
+	if c, known := res.foretoldOf(image.name); known {
+		fmt.Fprintf(b, "\nThe prediction names %.0f %% of the %.1f MB that the recorded start read, and %.1f MB in vain.\n", 100*c.Share(), float64(c.RecordedBytes)/megabyte, float64(c.VainBytes)/megabyte)
+	}
 	var trips []string
 	for _, v := range variants {
 		if n, ok := res.tripsOf(image.name, speeds[0], v.name); ok {

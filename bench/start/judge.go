@@ -21,6 +21,9 @@ const (
 	// With every image:
 	worstOfBest = 1.05 // times the best peer, with a profile, over every network
 	warmCost    = 1.1  // times overlayfs's warm start
+	// With foretoldImages: the least share of what a start reads that its prediction names, and what this may name in vain as a
+	// part of that.
+	foretoldShare, vainShare = 0.6, 1.0
 	daemonMB    = 150.0
 	holderMB    = 40.0
 
@@ -29,6 +32,8 @@ const (
 )
 
 const barImage = "pyapp"
+
+var foretoldImages = []string{"pyapp", "node", "java", "nginx"}
 
 var barRate = testbed.LinkSpeed{BitsPerSecond: 1e9, RoundTrip: 10e6}
 
@@ -83,6 +88,7 @@ func judge(res *results) (*judgement, error) {
 			j.bounds(image.name, speed, res)
 		}
 		j.roundTrips(image.name, speeds[0], res)
+		j.foretold(image.name, res)
 		j.ratios(image, speeds, res)
 	}
 	j.memory(res)
@@ -198,6 +204,22 @@ func (j *judgement) ratios(image startable, speeds []testbed.LinkSpeed, res *res
 		j.bar(name, spreadOf(samples, fetchedMB).most, true, 0, "MB", "most of all starts")
 	} else {
 		j.missing(name, "wants accel-warm")
+	}
+}
+
+// foretold judges the prediction.
+func (j *judgement) foretold(image string, res *results) {
+	covers, vain := image+" prediction covers", image+" prediction, in vain"
+	c, known := res.foretoldOf(image)
+	barred := slices.Contains(foretoldImages, image)
+	switch {
+	case known && barred:
+		j.bar(covers, c.Share(), false, foretoldShare, "", fmt.Sprintf("of %.1f MB that a recorded start read", float64(c.RecordedBytes)/megabyte))
+		j.bar(vain, float64(c.VainBytes)/float64(max(c.CoveredBytes, 1)), true, vainShare, "", "bytes that the start did not read, over those that it did")
+	case known:
+		j.Add(covers, c.Share(), "", fmt.Sprintf("of %.1f MB that a recorded start read; %.1f MB in vain", float64(c.RecordedBytes)/megabyte, float64(c.VainBytes)/megabyte))
+	case barred:
+		j.missing(covers, "wants accel-predicted and accel-profile")
 	}
 }
 

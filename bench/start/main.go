@@ -188,7 +188,7 @@ func measure(ctx context.Context, s setting, res *results) (err error) {
 	}
 	err = measureAll(ctx, b, s, res)
 	res.about.end()
-	res.hot = b.hot
+	res.hot, res.foretold = b.hot, b.foretold
 	return errors.Join(err, res.write()) // what was measured is kept in any case
 }
 

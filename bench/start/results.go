@@ -10,6 +10,7 @@ import (
 	"slices"
 
 	"accel/internal/testbed"
+	"accel/profile"
 )
 
 // runsFile has every single run, beside the report's medians.
@@ -21,6 +22,14 @@ type results struct {
 	hot     []hotSet
 	samples []sample
 	memory  []memorySample
+	// foretold are the last measured of each image.
+	foretold []foretold
+}
+
+// foretold is how much of what a start was recorded to read its prediction names.
+type foretold struct {
+	Image string        `json:"image"`
+	Cover profile.Cover `json:"cover"`
 }
 
 // line is one of runsFile: one of these.
@@ -29,6 +38,7 @@ type line struct {
 	Hot    *hotSet       `json:"hot,omitempty"`
 	Run    *sample       `json:"run,omitempty"`
 	Memory *memorySample `json:"memory,omitempty"`
+	Cover  *foretold     `json:"foretold,omitempty"`
 }
 
 func (r *results) add(s sample) {
@@ -94,7 +104,7 @@ func note(samples []sample, how string) string {
 
 // write keeps everything in runsFile.
 func (r *results) write() error {
-	lines := make([]line, 0, 1+len(r.hot)+len(r.samples)+len(r.memory))
+	lines := make([]line, 0, 1+len(r.hot)+len(r.samples)+len(r.memory)+len(r.foretold))
 	lines = append(lines, line{About: &r.about})
 	for i := range r.hot {
 		lines = append(lines, line{Hot: &r.hot[i]})
@@ -104,6 +114,9 @@ func (r *results) write() error {
 	}
 	for i := range r.memory {
 		lines = append(lines, line{Memory: &r.memory[i]})
+	}
+	for i := range r.foretold {
+		lines = append(lines, line{Cover: &r.foretold[i]})
 	}
 	if err := os.MkdirAll(filepath.Dir(runsFile), 0o755); err != nil {
 		return err
@@ -143,6 +156,8 @@ func (r *results) read(path string) error {
 			r.samples = append(r.samples, *l.Run)
 		case l.Memory != nil:
 			r.memory = append(r.memory, *l.Memory)
+		case l.Cover != nil:
+			r.foretold = append(r.foretold, *l.Cover)
 		default:
 			return fmt.Errorf("%s:%d: neither a run nor anything else of this program", path, n)
 		}
@@ -157,6 +172,16 @@ func (r *results) hotOf(image string) (hotSet, bool) {
 		return hotSet{}, false
 	}
 	return r.hot[i], true
+}
+
+// foretoldOf is what was foretold of an image's start when that was measured last.
+func (r *results) foretoldOf(image string) (profile.Cover, bool) {
+	for _, f := range slices.Backward(r.foretold) {
+		if f.Image == image {
+			return f.Cover, true
+		}
+	}
+	return profile.Cover{}, false
 }
 
 // images are those that were measured.
