@@ -24,8 +24,8 @@ const (
 	// With foretoldImages: the least share of what a start reads that its prediction names, and what this may name in vain as a
 	// part of that.
 	foretoldShare, vainShare = 0.6, 1.0
-	daemonMB    = 150.0
-	holderMB    = 40.0
+	daemonMB                 = 150.0
+	holderMB                 = 40.0
 
 	// aimOverBound is what is aimed at, no bar: times the counted bound.
 	aimOverBound = 1.5
